@@ -1,0 +1,1 @@
+"""What stock diffusers lacks: a denoising step that reports its log-probability, and painters built around it."""
