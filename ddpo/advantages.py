@@ -1,0 +1,56 @@
+"""How much better than expected a sample was: the normalised reward, minus the KL to the base model."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ddpo.stat_tracking import one_value_per_prompt
+
+STD_EPSILON = 1e-8
+
+
+class Advantages(NamedTuple):
+    """All (N,) numpy arrays in the order of the samples; `advantages` is what the loss wants, the others are for the log."""
+
+    advantages: np.ndarray
+    reward_advantages: np.ndarray
+    kl_normalized: np.ndarray | None  # None without a KL tracker
+
+
+def advantages(
+    rewards,
+    prompts,
+    kl=None,
+    reward_tracker=None,
+    kl_tracker=None,
+    kl_in_reward=True,
+    kl_normalized_coeff=0.2,
+):
+    """advantage = norm(reward) - kl_normalized_coeff * norm(kl), over the samples of ALL processes.
+
+    rewards: (N,) higher is better. prompts: N strings. kl: (N,) nats per dimension and step, or None for no KL penalty.
+    reward_tracker: `PerPromptStatTracker` of the rewards; None normalises by mean and std (+1e-8) of the batch.
+    kl_tracker: `PerPromptStatTracker` of the KL; None subtracts the raw KL.
+    kl_in_reward: False only tracks and reports the KL (it is then a term of the loss, see `ppo_loss`).
+    kl_normalized_coeff: weight of the KL, >= 0 (Carve3D: 0.2).
+
+    The given trackers are updated; apart from that the function is pure. The KL is subtracted before the clamp to
+    `adv_clip_max` that `ppo_loss` applies. Returns `Advantages`. Raises ValueError for lengths that differ or values
+    that are not finite.
+    """
+    # Both are checked before any tracker changes: a bad KL must not leave the rewards counted.
+    rewards = one_value_per_prompt("rewards", rewards, prompts)
+    kl = None if kl is None else one_value_per_prompt("kl", kl, prompts)
+
+    if reward_tracker is None:
+        reward_advantages = (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)
+    else:
+        reward_advantages = reward_tracker.update(prompts, rewards)
+    if kl is None:
+        return Advantages(reward_advantages, reward_advantages, None)
+
+    kl_normalized = None if kl_tracker is None else kl_tracker.update(prompts, kl)
+    if not kl_in_reward:
+        return Advantages(reward_advantages, reward_advantages, kl_normalized)
+    penalty = kl if kl_normalized is None else kl_normalized
+    return Advantages(reward_advantages - kl_normalized_coeff * penalty, reward_advantages, kl_normalized)

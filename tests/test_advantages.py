@@ -1,0 +1,49 @@
+"""Advantages against the published training script's numbers over several epochs."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ddpo.advantages import advantages
+from ddpo.stat_tracking import PerPromptStatTracker
+
+VARIANTS = json.loads((Path(__file__).parent / "golden" / "advantages.json").read_text())["variants"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_golden_variants(variant):
+    def tracker(on):
+        return PerPromptStatTracker(variant["buffer_size"], variant["min_count"]) if on else None
+
+    reward_tracker = tracker(variant["per_prompt_stat_tracking"])
+    kl_tracker = tracker(variant["kl_per_prompt_stat_tracking"])
+    for epoch in variant["epochs"]:
+        result = advantages(
+            np.array(epoch["rewards"], dtype=np.float32), epoch["prompts"], np.array(epoch["kl"], dtype=np.float32),
+            reward_tracker, kl_tracker, variant["kl_in_reward"], variant["kl_normalized_coeff"])
+        assert result.advantages.dtype == np.float32
+        for key in ("advantages", "reward_advantages"):
+            np.testing.assert_allclose(getattr(result, key), epoch[key], atol=1e-5, rtol=1e-5)
+        if epoch["kl_normalized"] is None:
+            assert result.kl_normalized is None
+        else:
+            np.testing.assert_allclose(result.kl_normalized, epoch["kl_normalized"], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(result.advantages.clip(-5, 5), epoch["advantages_clamped_5"], atol=1e-5, rtol=1e-5)
+        per_process = np.concatenate(epoch["per_process"])  # contiguous slices in rank order
+        np.testing.assert_allclose(result.advantages, per_process, atol=1e-5, rtol=1e-5)
+
+
+def test_without_kl_the_advantage_is_the_normalised_reward():
+    result = advantages([1.0, 3.0], ["a", "b"])
+    assert result.advantages == pytest.approx([-1, 1]) and result.kl_normalized is None
+
+
+def test_bad_values_are_refused_before_any_tracker_changes():
+    trackers = PerPromptStatTracker(4, 1), PerPromptStatTracker(4, 1)
+    with pytest.raises(ValueError, match="kl holds 1 NaN or infinite values, the first of prompt 'b'"):
+        advantages([1.0, 3.0], ["a", "b"], [0.0, float("nan")], *trackers)
+    with pytest.raises(ValueError, match="rewards has shape"):
+        advantages([1.0], ["a", "b"], [0.0, 1.0], *trackers)
+    assert not any(tracker.get_stats() for tracker in trackers)
