@@ -1,0 +1,130 @@
+"""Multi-view Reconstruction Consistency: do the painted views show one 3D object? (Carve3D, Xie et al. 2024, section 3)
+
+A feed-forward reconstructor turns the views into a 3D scene, which is rendered at the same cameras. Views that agree with
+each other survive this unchanged; views that contradict each other cannot all be reproduced. MRC is the mean LPIPS between
+each view and its render inside the object's bounding box, and the reward is -MRC.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from mrc.bounding_box import compute_bounding_box, crop_box, foreground_mask, make_square_bbox
+
+
+@dataclass
+class MRCResult:
+    """The verdict on B samples of V views."""
+
+    reward: torch.Tensor  # (B,) -mean LPIPS, or empty_view_reward for a sample with an empty view; higher is better
+    lpips: torch.Tensor  # (B, V) distance between view and render, of empty views too (where it means nothing)
+    renders: torch.Tensor  # (B, V, 3, S, S) in [0, 1], the reconstruction seen from the views' cameras
+    empty: torch.Tensor  # (B, V) bool, the view shows no object, or too little of it
+    foreground: torch.Tensor  # (B, V) share of the view that is foreground, in [0, 1]; watch it for shrinking objects
+
+
+class MRC:
+    """`MRC(reconstructor, lpips)(views) -> MRCResult`, the reward that Carve3D learns from.
+
+    reconstructor: has `cameras`, `num_views` and `input_size`, and the methods `reconstruct(views, cameras) -> scene` and
+        `render(scene, cameras, size) -> (images (B, V, 3, size, size), alpha)`.
+    lpips: callable (N, 3, H, W) x 2 -> (N,), see `mrc.lpips.LPIPS`.
+    render_size: side of the renders in pixels; None renders at the views' size. Views of another size are resized to it.
+    bbox_lpips, min_foreground, empty_view_reward: see `score_views`.
+    """
+
+    def __init__(self, reconstructor, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0, render_size=None):
+        self.reconstructor = reconstructor
+        self.lpips = lpips
+        self.bbox_lpips = bbox_lpips
+        self.min_foreground = min_foreground
+        self.empty_view_reward = empty_view_reward
+        self.render_size = render_size
+
+    @torch.no_grad()
+    def __call__(self, views):
+        """views: (B, V, 3, S, S) in [0, 1], one object on white, painted at `reconstructor.cameras`.
+
+        Raises ValueError if the number of views is not the reconstructor's, or a pixel is not finite.
+        """
+        if views.ndim != 5 or views.shape[1:3] != (self.reconstructor.num_views, 3):
+            raise ValueError(f"MRC got views of shape {tuple(views.shape)}: the reconstructor wants (B, "
+                             f"{self.reconstructor.num_views}, 3, S, S).")
+        _require_finite("painted views", views)
+        views, cameras = views.float(), self.reconstructor.cameras
+        size = self.render_size or views.shape[-1]
+        scene = self.reconstructor.reconstruct(_resize_views(views, self.reconstructor.input_size), cameras)
+        renders, _ = self.reconstructor.render(scene, cameras, size)
+        return score_views(
+            _resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward)
+
+
+@torch.no_grad()
+def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0):
+    """MRC of views and their renders, both (B, V, 3, S, S) in [0, 1], as an `MRCResult`.
+
+    lpips: callable (N, 3, S, S) x 2 -> (N,).
+    bbox_lpips: compare inside the box of the VIEW's foreground (as published), or whole views.
+    min_foreground: a view with a smaller share of foreground, in [0, 1], counts as empty, as does one without any.
+    empty_view_reward: the reward of a sample with an empty view. It closes a loophole of the published reward, in which a
+        view without foreground is compared in a 6 x 6 white corner, so that painting nothing scores best. None leaves the
+        loophole open, to reproduce published numbers.
+
+    Raises ValueError if the shapes differ or a pixel is not finite.
+    """
+    if views.shape != renders.shape:
+        raise ValueError(f"views have shape {tuple(views.shape)} but their renders {tuple(renders.shape)}: render at the "
+                         f"views' cameras and size.")
+    _require_finite("painted views", views)
+    _require_finite("renders of the reconstruction", renders)
+    views, renders = views.float(), renders.float()
+
+    pair = views.flatten(0, 1), renders.flatten(0, 1)
+    if bbox_lpips:
+        pair = crop_pairs(*pair, view_boxes(pair[0]))
+    distances = lpips(*pair).view(views.shape[:2])
+
+    foreground = foreground_mask(views).float().mean(dim=(-2, -1))
+    empty = (foreground == 0) | (foreground < min_foreground)
+    reward = -distances.mean(dim=1)
+    if empty_view_reward is not None:
+        reward = reward.masked_fill(empty.any(dim=1), empty_view_reward)
+    return MRCResult(reward, distances, renders, empty, foreground)
+
+
+def view_boxes(views):
+    """The box in which each view is compared: its foreground's, made square, padded, clamped. (..., 3, H, W) -> (..., 4)."""
+    return crop_box(make_square_bbox(compute_bounding_box(views)), *views.shape[-2:])
+
+
+def crop_pairs(views, renders, boxes):
+    """Cut the same box out of view and render and resize both to the full size, bicubic and antialiased, in [0, 1].
+
+    views, renders: (N, 3, H, W); boxes: (N, 4) inclusive, inside the image. Returns two tensors (N, 3, H, W).
+    """
+    both = torch.cat([views, renders], dim=1)  # six channels: one resize for the two of them
+    crops = [
+        _resize(image[None, :, y_min : y_max + 1, x_min : x_max + 1], both.shape[-2:])
+        for image, (x_min, y_min, x_max, y_max) in zip(both, boxes.tolist())
+    ]
+    return torch.cat(crops).chunk(2, dim=1)
+
+
+def _resize(images, size):
+    resized = F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
+    return resized.clamp(0, 1)
+
+
+def _resize_views(views, size):
+    if views.shape[-1] == size:
+        return views
+    return _resize(views.flatten(0, 1), (size, size)).unflatten(0, views.shape[:2])
+
+
+def _require_finite(name, images):
+    finite = torch.isfinite(images).flatten(1).all(dim=1)
+    if not finite.all():
+        raise ValueError(f"{int((~finite).sum())} of {len(images)} samples have NaN or infinite pixels in the {name}: the "
+                         f"model that makes them has diverged, or overflows in float16 (use mixed_precision = 'bf16' or a "
+                         f"VAE made for float16).")

@@ -1,0 +1,155 @@
+"""The reward: boxes, crops and scores against the published ones, the closed loophole, the reconstructor's contract."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mrc import LPIPS, MRC, compute_bounding_box, crop_box, make_square_bbox, score_views
+from mrc.mrc import crop_pairs, view_boxes
+from mrc.sanity_rewards import jpeg_compressibility, jpeg_incompressibility, tile_views
+
+TENSORS = load_file(Path(__file__).parent / "golden" / "mrc.safetensors")
+GRIDS = TENSORS["mv_images"] / 255
+VIEWS = torch.stack([GRIDS[..., y : y + 64, x : x + 64] for y in (0, 64) for x in (0, 64)], dim=1)
+RENDERS = TENSORS["rendered_views"] / 255
+WHITE_SAMPLE = 1  # its view 3 is all white
+
+
+@pytest.fixture(scope="module")
+def lpips():
+    return LPIPS()
+
+
+def views_with_square(sizes, image_size=64):
+    """One sample of white views, each with a grey square of the given side."""
+    views = torch.ones(1, len(sizes), 3, image_size, image_size)
+    for view, size in zip(views[0], sizes):
+        view[:, 10 : 10 + size, 10 : 10 + size] = 0.5
+    return views
+
+
+class PerfectReconstructor:
+    """Renders exactly what it was given, so that only the plumbing is tested."""
+
+    num_views, input_size, cameras = 4, 64, "cameras"
+
+    def reconstruct(self, views, cameras):
+        assert cameras == self.cameras and views.shape[-1] == self.input_size
+        return views
+
+    def render(self, scene, cameras, size):
+        assert cameras == self.cameras
+        scene = torch.nn.functional.interpolate(scene.flatten(0, 1), size=(size, size)).unflatten(0, scene.shape[:2])
+        return scene, scene[:, :, :1]
+
+
+def test_golden_boxes():
+    box = compute_bounding_box(VIEWS)
+    square = make_square_bbox(box)
+    assert torch.equal(box, TENSORS["bbox"]) and box.dtype == torch.int64
+    assert torch.equal(square, TENSORS["square_bbox"])
+    assert torch.equal(crop_box(square, 64, 64), TENSORS["crop_box"])
+    assert torch.equal(compute_bounding_box(VIEWS[0, 0]), TENSORS["bbox"][0, 0])  # any leading shape
+
+
+def test_golden_crops():
+    flat_views, flat_renders = VIEWS.flatten(0, 1), RENDERS.flatten(0, 1)
+    view_crops, render_crops = crop_pairs(flat_views, flat_renders, view_boxes(flat_views))
+    torch.testing.assert_close(view_crops, TENSORS["input_crops"].flatten(0, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(render_crops[:4], TENSORS["rendered_crops"][0], atol=1e-5, rtol=0)
+
+
+def test_golden_rewards(lpips):
+    """As published, with the loophole open."""
+    result = score_views(VIEWS, RENDERS, lpips, empty_view_reward=None)
+    torch.testing.assert_close(result.lpips, TENSORS["lpips_per_view"], atol=1e-6, rtol=1e-4)
+    for key in ("reward", "reward_torchmetrics_1_2_1"):
+        torch.testing.assert_close(result.reward, TENSORS[key], atol=1e-6, rtol=1e-4)
+
+
+def test_an_empty_view_cannot_win(lpips):
+    result = score_views(VIEWS, RENDERS, lpips, min_foreground=0)
+    assert result.empty.nonzero().tolist() == [[WHITE_SAMPLE, 3]]
+    assert result.lpips[WHITE_SAMPLE, 3] == 0  # the best distance there is ...
+    assert result.reward[WHITE_SAMPLE] == -1.0  # ... and the worst reward
+    others = [0, 2]
+    torch.testing.assert_close(result.reward[others], TENSORS["reward"][others], atol=1e-6, rtol=1e-4)
+
+
+def test_a_dot_is_as_good_as_nothing(lpips):
+    """By default a view needs 0.5 % of foreground: views of 1 and of 18 pixels of 4096 count as empty, one of 46 does not."""
+    result = score_views(VIEWS, RENDERS, lpips)
+    assert result.empty.nonzero().tolist() == [[1, 2], [1, 3], [2, 2]]
+    assert result.reward[1:].tolist() == [-1.0, -1.0]
+    torch.testing.assert_close(result.reward[0], TENSORS["reward"][0], atol=1e-6, rtol=1e-4)
+
+
+def test_foreground_and_the_threshold(lpips):
+    views = views_with_square([64, 8, 4, 0])
+    result = score_views(views, views, lpips, min_foreground=16 / 64**2, empty_view_reward=-2.0)
+    assert (result.foreground[0] * 64**2).tolist() == [54 * 54, 64, 16, 0]
+    assert result.empty.tolist() == [[False, False, False, True]] and result.reward.item() == -2.0
+    assert score_views(views, views, lpips, min_foreground=0).empty.tolist() == [[False, False, False, True]]
+
+
+def test_bbox_lpips_off_compares_whole_views(lpips):
+    result = score_views(VIEWS, RENDERS, lpips, bbox_lpips=False, empty_view_reward=None)
+    expected = lpips(VIEWS.flatten(0, 1), RENDERS.flatten(0, 1)).view(3, 4)
+    assert torch.equal(result.lpips, expected) and torch.equal(result.reward, -expected.mean(dim=1))
+
+
+def test_square_boxes_of_plain_numbers_and_odd_differences():
+    assert make_square_bbox([10, 10, 20, 15]).tolist() == [10, 7, 20, 18]  # difference 5: both ends grow by 3
+    assert make_square_bbox([3, 2, 4, 10]).tolist() == [-1, 2, 8, 10]
+    assert make_square_bbox([1, 1, 2, 2]).tolist() == [1, 1, 2, 2]
+    assert crop_box([0, 2, 30, 39], height=40, width=32).tolist() == [0, 0, 31, 39]
+
+
+def test_a_perfect_reconstruction_has_reward_zero(lpips):
+    views = views_with_square([30, 20, 10, 40]).repeat(3, 1, 1, 1, 1)
+    result = MRC(PerfectReconstructor(), lpips)(views)
+    assert torch.equal(result.reward, torch.zeros(3)) and torch.equal(result.renders, views)
+    assert result.lpips.shape == result.empty.shape == result.foreground.shape == (3, 4)
+    assert not result.reward.requires_grad
+
+
+def test_views_and_renders_of_other_sizes(lpips):
+    views = views_with_square([60, 40, 20, 80], image_size=128).half()
+    assert MRC(PerfectReconstructor(), lpips)(views).renders.shape == (1, 4, 3, 128, 128)
+    result = MRC(PerfectReconstructor(), lpips, render_size=96)(views)
+    assert result.renders.shape == (1, 4, 3, 96, 96) and result.reward.item() < 0
+
+
+def test_options_reach_the_score(lpips):
+    views = views_with_square([30, 20, 10, 0])
+    assert MRC(PerfectReconstructor(), lpips, empty_view_reward=-3.0)(views).reward.item() == -3.0
+    assert MRC(PerfectReconstructor(), lpips, min_foreground=0.05)(views).empty.tolist() == [[False, False, True, True]]
+
+
+def test_broken_pixels_and_wrong_shapes_are_refused(lpips):
+    mrc = MRC(PerfectReconstructor(), lpips)
+    views = VIEWS.clone()
+    views[1, 2, 0, 5, 5] = float("nan")
+    with pytest.raises(ValueError, match="1 of 3 samples have NaN or infinite pixels in the painted views"):
+        mrc(views)
+    with pytest.raises(ValueError, match="renders of the reconstruction"):
+        score_views(VIEWS, views, lpips)
+    with pytest.raises(ValueError, match=r"wants \(B, 4, 3, S, S\)"):
+        mrc(VIEWS[:, :3])
+    with pytest.raises(ValueError, match="their renders"):
+        score_views(VIEWS, RENDERS[..., :32], lpips)
+
+
+def test_tiled_views_are_the_grid():
+    assert torch.equal(tile_views(VIEWS), GRIDS)
+    assert tile_views(VIEWS[:, :3]).shape == (3, 3, 64, 192)
+
+
+def test_jpeg_rewards():
+    torch.manual_seed(0)
+    smooth, noisy = torch.full((1, 4, 3, 64, 64), 0.3), torch.rand(1, 4, 3, 64, 64)
+    sizes = jpeg_incompressibility(torch.cat([smooth, noisy]))
+    assert sizes.shape == (2,) and 0 < sizes[0] < sizes[1] < 128 * 128 * 3 / 1000
+    assert torch.equal(jpeg_compressibility(torch.cat([smooth, noisy])), -sizes)
