@@ -1,0 +1,211 @@
+"""Every key of a run: its meaning, its unit, its default. The defaults are the paper's (Carve3D, on top of DDPO).
+
+A run is configured by one of
+    --config config/tiny.py                      the small world, any machine
+    --config config/dgx.py:carve3d_train         the paper's run
+    --config config/dgx.py:kl_coefficient(0.1)   one point of the paper's sweeps
+and any key below can be changed behind it: --config.train.learning_rate=1e-3.
+
+"A process" is one GPU (or one CPU worker). An epoch is one round of sampling followed by the updates on those samples.
+config/validate.py knows which values are allowed and refuses the others before any model is loaded.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """All keys with the paper's values; `pretrained.model` and `recon.checkpoint` are the user's to give."""
+    config = ConfigDict()
+
+    ###### General ######
+    # Name of the run's folder below logdir, and of the run in the tracker. "" = made from date and time.
+    config.run_name = ""
+    # Seed of everything random: LoRA initialisation, prompts, latents, noise, shuffling. Integer >= 0.
+    config.seed = 42
+    # Folder that holds the runs' folders.
+    config.logdir = "logs"
+    # Epochs in all, counting the first one, which only fills the trackers and makes no update.
+    config.num_epochs = 55
+    # A checkpoint every so many epochs.
+    config.save_freq = 1
+    # Validation every so many epochs; there is always one before training.
+    config.val_freq = 30
+    # How many checkpoints stay on disk; the oldest are removed first.
+    config.num_checkpoint_limit = 5
+    # Arithmetic of the networks: "no" (float32), "fp16" (GPU only) or "bf16". LoRA weights, log-probabilities and the
+    # optimizer stay in float32 whatever is chosen.
+    config.mixed_precision = "fp16"
+    # Let Ampere and later GPUs round float32 matrix products to TF32: faster, about three decimal digits.
+    config.allow_tf32 = True
+    # Go on with a run: a checkpoint folder, or a run's folder (its newest checkpoint). "" = start a new one.
+    # use_lora and lora.* must be those of that run.
+    config.resume_from = ""
+    # When the newest checkpoint of the run's folder is damaged: False = stop and say so, True = use the one before it.
+    config.resume_previous_if_damaged = False
+    # True: train small low-rank matrices beside the frozen UNet. False: train the whole UNet (needs a second, frozen
+    # copy as KL reference, many times the memory, and a smaller learning rate).
+    config.use_lora = True
+    # Where curves go besides logs/<run>/metrics.jsonl and curves.png, which are always written: "wandb" (offline unless
+    # the user is logged in), "tensorboard" or "none".
+    config.tracker = "wandb"
+    # Diagnostic: give every sample the advantage of a random other one. Nothing can be learned from that, so what a run
+    # with this key "improves" is what chance and drift improve.
+    config.shuffle_advantages = False
+
+    ###### Painter: the multi-view diffusion model that is finetuned ######
+    config.painter = ConfigDict()
+    # Which kind of multi-view model: "mv_sdxl" = SDXL that paints 4 views as a 2x2 grid (Instant3D style).
+    config.painter.name = "mv_sdxl"
+
+    config.pretrained = ConfigDict()
+    # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model". Must be given.
+    config.pretrained.model = ""
+    # Branch, tag or commit of a hub id; ignored for a folder.
+    config.pretrained.revision = "main"
+    # Folder of a LoRA that is fused into the painter before anything else, so that painter + LoRA is the base model
+    # (and the KL reference) of this run. "" = none.
+    config.pretrained.lora = ""
+
+    config.lora = ConfigDict()
+    # Inner dimension of the low-rank matrices.
+    config.lora.rank = 4
+    # Which UNet layers get them: "attention" (to_q, to_k, to_v, to_out.0) or "attention+conv" (convolutions and
+    # further linear layers too: about twice the signal in a small UNet).
+    config.lora.targets = "attention"
+
+    ###### Prompts ######
+    config.prompts = ConfigDict()
+    # Text files with one prompt per line, or threestudio's prompt_library.json.
+    # Training prompts: what an epoch's samples are drawn from.
+    config.prompts.train_file = "prompts/train_candidates.txt"
+    # Validation prompts: painted with fixed noise every val_freq epochs.
+    config.prompts.val_file = "prompts/validation.txt"
+    # Test prompts: painted before and after the run. The paper's are the 415 DreamFusion prompts, which are not shipped:
+    # put a copy at prompts/dreamfusion_415.txt (or .json) and name it here.
+    config.prompts.test_file = "prompts/test.txt"
+    # How many training prompts, from the top of train_file. 0 = all.
+    config.prompts.num_train = 30
+
+    ###### Sampling ######
+    config.sample = ConfigDict()
+    # Denoising steps per sample.
+    config.sample.num_steps = 100
+    # Noise level of DDIM in training: 1.0 = as noisy as DDPM. Above 0, for without noise there is no log-probability.
+    config.sample.eta = 1.0
+    # Classifier-free guidance weight, the same for sampling and for the update. 1.0 = no guidance.
+    config.sample.guidance_scale = 5.0
+    # Samples per epoch over all processes. The number of batches follows from it, so that a run has the same epochs on
+    # any number of processes. 0 = not prescribed: give num_batches_per_epoch.
+    config.sample.total_batch_size = 768
+    # Samples that one process paints at a time. When the number of batches is derived this is the most that fits a
+    # GPU: a process whose whole share is smaller takes smaller batches.
+    config.sample.batch_size = 8
+    # Batches per process and epoch. 0 = derived from total_batch_size; a number given here wins over it.
+    config.sample.num_batches_per_epoch = 0
+    # Text appended to every prompt before the painter reads it, such as ", white background". Rewards and trackers
+    # see the prompt without it.
+    config.sample.prompt_suffix = ""
+    # Objects in one saved picture: painted views over re-rendered ones. 0 = no pictures.
+    config.sample.save_images = 8
+
+    ###### Update ######
+    config.train = ConfigDict()
+    # Samples per optimizer step over all processes; equal to sample.total_batch_size = purely on-policy (one step per
+    # epoch). Half or a third of it = two or three rounds of PPO. 0 = not prescribed: give gradient_accumulation_steps.
+    config.train.total_batch_size = 768
+    # Samples in one forward and backward pass of one process; at most that many when the accumulation is derived.
+    config.train.batch_size = 4
+    # Passes per optimizer step and process (all timesteps of a sample are accumulated besides). 0 = derived from
+    # total_batch_size; a number given here wins over it.
+    config.train.gradient_accumulation_steps = 0
+    # Keep Adam's moments in 8 bits: needs bitsandbytes and a GPU.
+    config.train.use_8bit_adam = False
+    # AdamW: step size, decay rates of the two moments, decoupled weight decay, and the term that keeps the division
+    # finite. With kl_per_update > 0 the step size is only where the calibration starts.
+    config.train.learning_rate = 3e-4
+    config.train.adam_beta1 = 0.9
+    config.train.adam_beta2 = 0.999
+    config.train.adam_weight_decay = 1e-4
+    config.train.adam_epsilon = 1e-8
+    # Longest gradient (L2 norm over all trained weights) that is not scaled down.
+    config.train.max_grad_norm = 1.0
+    # How often the samples of an epoch are gone through. 1 = each sample once.
+    config.train.num_inner_epochs = 1
+    # Recompute log-probabilities with the guidance used in sampling. False is only right without guidance.
+    config.train.cfg = True
+    # Advantages are clamped to +- this many standard deviations.
+    config.train.adv_clip_max = 5.0
+    # PPO's clip range for the ratio. So small because the log-probability is a mean over the latent's dimensions.
+    config.train.clip_range = 1e-4
+    # Share of each trajectory's steps that is trained on, (0, 1]; drawn at random for every sample.
+    config.train.timestep_fraction = 1.0
+    # Weight of step t in the loss: "uniform" (published) or "noise" (proportional to sigma_t^2, mean 1). The gradient
+    # of a step scales like 1/sigma_t, so with uniform weights the last, nearly noise-free steps drown the others.
+    config.train.timestep_weighting = "uniform"
+    # How many of the last denoising steps are not trained on at all.
+    config.train.skip_last_steps = 0
+    # Shuffled timesteps of a micro-batch that share one UNet pass; the gradient is the same, the passes are larger.
+    config.train.timesteps_per_forward = 1
+    # Step size in what it does instead of what it is: the learning rate is calibrated so that one update moves the
+    # policy by this KL, in nats per trajectory, measured in float32 on the trained steps. 0 = keep learning_rate.
+    config.train.kl_per_update = 0.0
+    # In how many of the first updates the learning rate is calibrated; afterwards it stays. Used with kl_per_update > 0.
+    config.train.kl_calibration_updates = 3
+
+    ###### Reward ######
+    # "mrc" (multi-view reconstruction consistency), or DDPO's sanity checks "jpeg_compressibility" and
+    # "jpeg_incompressibility", which need no reconstructor.
+    config.reward_fn = "mrc"
+
+    config.recon = ConfigDict()
+    # Sparse-view reconstructor: "tiny_lrm".
+    config.recon.name = "tiny_lrm"
+    # Its weights: a folder or file. Must be given when reward_fn = "mrc".
+    config.recon.checkpoint = ""
+    # Its arithmetic: "fp32", "bf16" or "fp16" (GPU only).
+    config.recon.dtype = "fp32"
+    # Side of the re-rendered views, pixels.
+    config.recon.render_size = 512
+    # Most rays rendered at once: bounds the memory, changes no result.
+    config.recon.chunk_size = 65536
+
+    config.mrc = ConfigDict()
+    # Compare the object's bounding box (published) instead of the whole view.
+    config.mrc.bbox_lpips = True
+    # A view whose object covers less than this share of its pixels counts as empty, [0, 1).
+    config.mrc.min_foreground = 0.005
+    # Reward of a sample with an empty view. Below 0, which is a perfect MRC: otherwise painting nothing wins.
+    config.mrc.empty_view_reward = -1.0
+    # LPIPS weights (AlexNet, v0.1). "" = the file that ships with mrc/.
+    config.mrc.lpips_checkpoint = ""
+
+    ###### Per-prompt statistics ######
+    # Advantages are rewards relative to the same prompt's recent ones. None in a config file, or buffer_size = 0 on
+    # the command line: relative to the whole batch.
+    config.per_prompt_stat_tracking = ConfigDict()
+    # Rewards remembered per prompt, newest first out last: about three epochs' worth.
+    config.per_prompt_stat_tracking.buffer_size = 75
+    # Below this many rewards a prompt uses the statistics of the whole batch. The first epoch paints every training
+    # prompt this often: 768 samples / 30 prompts.
+    config.per_prompt_stat_tracking.min_count = 25
+
+    ###### KL to the base model ######
+    # Keep the policy near its base model. Costs one more forward pass per step in sampling.
+    config.kl_penalty = True
+    # True: subtract it from the reward's advantage (published; the only place where it restrains an on-policy run).
+    # False: add kl_beta * KL to the loss.
+    config.kl_in_reward = True
+    # Weight of the KL in the loss, used with kl_in_reward = False.
+    config.kl_beta = 0.001
+    # Weight of the KL in the advantage, used with kl_in_reward = True.
+    config.kl_normalized_coeff = 0.2
+    # Normalise the KL per prompt, as the rewards are, before it is weighted.
+    config.kl_per_prompt_stat_tracking = True
+    # "log_ratio" (published: unbiased, noisy) or "analytic" (closed form of each step, same expectation, less noise).
+    config.kl_estimator = "log_ratio"
+    # Compute and log the KL even when nothing is penalised.
+    config.log_kl = True
+    # End the run when an epoch's mean KL reaches this value. 0 = never. The published run was stopped near 3.2e-4.
+    config.stop_kl = 0.0
+
+    return config

@@ -1,0 +1,90 @@
+"""The paper's runs, on any number of GPUs.
+
+    --config config/dgx.py:carve3d_train         the published run
+    --config config/dgx.py:data_size(10)         sweeps: training prompts,
+    --config config/dgx.py:batch_size(384)       samples per epoch,
+    --config config/dgx.py:kl_coefficient(0.1)   weight of the KL,
+    --config config/dgx.py:multi_round(2)        updates per epoch
+
+The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
+768 is fixed here; batches per process and gradient accumulation follow from the real number of processes, so on fewer
+GPUs an epoch takes longer and is the same epoch. config/validate.py prints the resulting numbers.
+"""
+
+import ast
+
+from ml_collections import ConfigDict
+
+from config import base
+
+SAMPLES_PER_EPOCH = 768  # published
+TRAIN_PROMPTS = 30  # published: the 30 of 100 candidates with the lowest reward under the base model
+
+
+def carve3d_train() -> ConfigDict:
+    """The published run. Still to be given by the user: pretrained.model and recon.checkpoint."""
+    config = base.get_config()
+    # written by `python -m prompts.curate`: which prompts are hard depends on the painter
+    config.prompts.train_file = "prompts/curated/kept.txt"
+    return _with_sizes(config, SAMPLES_PER_EPOCH, TRAIN_PROMPTS)
+
+
+def data_size(num_prompts: int) -> ConfigDict:
+    """Fewer or more training prompts at the published batch: too few overfit. More than 30 need `curate --keep`."""
+    return _with_sizes(carve3d_train(), SAMPLES_PER_EPOCH, _positive_int("data_size", num_prompts))
+
+
+def batch_size(num_samples: int) -> ConfigDict:
+    """Smaller or larger purely on-policy epochs at the published 30 prompts."""
+    return _with_sizes(carve3d_train(), _positive_int("batch_size", num_samples), TRAIN_PROMPTS)
+
+
+def kl_coefficient(coefficient: float) -> ConfigDict:
+    """Another weight of the KL in the reward; 0 = none, still logged."""
+    config = carve3d_train()
+    config.kl_normalized_coeff = float(coefficient)
+    return config
+
+
+def multi_round(rounds: int) -> ConfigDict:
+    """PPO as DDPO runs it: `rounds` updates on the 768 samples of an epoch, the later ones off-policy."""
+    config = carve3d_train()
+    if SAMPLES_PER_EPOCH % _positive_int("multi_round", rounds):
+        raise ValueError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a divisor of it")
+    config.train.total_batch_size = SAMPLES_PER_EPOCH // rounds
+    return config
+
+
+def get_config(name: str = "carve3d_train") -> ConfigDict:
+    """The run called `name`: a function of this file, with its arguments if it has any, as in "data_size(10)".
+
+    Raises ValueError when there is no such run or when it gets the wrong arguments.
+    """
+    runs = {run.__name__: run for run in (carve3d_train, data_size, batch_size, kl_coefficient, multi_round)}
+    function, _, rest = name.strip().partition("(")
+    if function not in runs or (rest and not rest.endswith(")")):
+        raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
+    try:
+        arguments = ast.literal_eval(f"({rest[:-1]},)") if rest[:-1].strip() else ()
+        return runs[function](*arguments)
+    except (SyntaxError, TypeError) as error:
+        raise ValueError(f"config/dgx.py:{name} has wrong arguments ({error}): write e.g. data_size(10)") from error
+
+
+def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
+    """`samples` per epoch and per update, over `prompts` training prompts; buffers as published."""
+    per_prompt = samples // prompts
+    if per_prompt < 2:
+        raise ValueError(f"{samples} samples per epoch over {prompts} prompts leave fewer than 2 per prompt: use at most "
+                         f"{samples // 2} prompts, or more samples")
+    config.sample.total_batch_size = config.train.total_batch_size = samples
+    config.prompts.num_train = prompts
+    config.per_prompt_stat_tracking.min_count = per_prompt
+    config.per_prompt_stat_tracking.buffer_size = 3 * per_prompt  # about three epochs
+    return config
+
+
+def _positive_int(run: str, value) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{run}({value!r}): the argument must be a whole number of at least 1")
+    return value
