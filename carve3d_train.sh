@@ -1,0 +1,125 @@
+#!/usr/bin/env bash
+# Trains Carve3D. The first run makes .venv and installs the pinned requirements; later ones start in seconds.
+#
+#   bash carve3d_train.sh                            the small world (config/tiny.py) on this machine's GPUs or CPU
+#   bash carve3d_train.sh --config.seed=1            the same with other keys; --config=FILE for another configuration
+#   bash carve3d_train.sh NUM_NODES [trainer flags]  the published run (config/dgx.py:carve3d_train unless --config is
+#                                                    given) on NUM_NODES machines with all their GPUs. With more than
+#                                                    one, start it on each, with MASTER_ADDR and MASTER_PORT (a free
+#                                                    port of machine 0) and RANK (0 ... NUM_NODES-1) in the environment.
+#
+# CARVE3D_PROCESSES=N  processes on this machine, instead of one per GPU, or one per core and at most 2 without GPUs
+# CARVE3D_VENV=FOLDER  the environment to make or use instead of .venv
+# CARVE3D_DRY_RUN=1    install nothing and print the command that would be run
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source ./setup_env.sh
+
+usage() {
+    sed -n '2,/^set /s/^# \{0,1\}//p' carve3d_train.sh
+}
+
+count_gpus() {  # GPUs that CUDA_VISIBLE_DEVICES leaves and, unless it is a dry run, torch can use
+    local gpus=0
+    if command -v nvidia-smi >/dev/null; then
+        gpus="$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)"
+    fi
+    if [ "$gpus" -gt 0 ] && [ -z "${CARVE3D_DRY_RUN:-}" ]; then
+        gpus="$("$VENV_PYTHON" -c 'import torch; print(torch.cuda.device_count())')"
+    fi
+    echo "$gpus"
+}
+
+is_count() {
+    [[ "$1" =~ ^[1-9][0-9]*$ ]]
+}
+
+power_of_two_up_to() {
+    local power=1
+    while [ $((2 * power)) -le "$1" ]; do
+        power=$((2 * power))
+    done
+    echo "$power"
+}
+
+start() {
+    if [ -n "${CARVE3D_DRY_RUN:-}" ]; then
+        echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-} $*"
+        exit 0
+    fi
+    exec "$@"
+}
+
+run_on_this_machine() {  # run_on_this_machine PROCESSES [trainer flags]
+    local processes="$1" cores
+    shift
+    if [ "$gpus" -gt 0 ]; then
+        local multi=()
+        [ "$processes" -gt 1 ] && multi=(--multi_gpu)
+        # the mixed precision of the networks is the configuration's, not the launcher's
+        start "$VENV_PYTHON" -m accelerate.commands.launch ${multi[@]+"${multi[@]}"} --num_machines 1 \
+            --num_processes "$processes" --mixed_precision no --dynamo_backend no carve3d_train.py "$@"
+    fi
+    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+    local threads=$((cores / processes))
+    export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+    # `accelerate launch --cpu` would start a single process
+    start "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" carve3d_train.py "$@"
+}
+
+nodes=""
+case "${1:-}" in
+    -h | --help) usage; exit 0 ;;
+    "" | -*) default_config=config/tiny.py ;;
+    *)
+        is_count "$1" || fail "'$1' is neither a number of machines nor a flag: write 'bash carve3d_train.sh', 'bash carve3d_train.sh --config.KEY=VALUE' or 'bash carve3d_train.sh NUM_NODES'"
+        nodes="$1"
+        default_config=config/dgx.py:carve3d_train
+        shift
+        ;;
+esac
+
+configuration=(--config "$default_config")
+for flag in "$@"; do
+    case "$flag" in
+        --config | --config=* | -config | -config=*) configuration=() ;;
+    esac
+done
+set -- ${configuration[@]+"${configuration[@]}"} "$@"
+
+if [ "${nodes:-1}" -gt 1 ]; then
+    for name in MASTER_ADDR MASTER_PORT RANK; do
+        [ -n "${!name:-}" ] || fail "$name is not set: a run on $nodes machines needs MASTER_ADDR and MASTER_PORT (of machine 0) and RANK (0 to $((nodes - 1))) in the environment of each"
+    done
+    [[ "$RANK" =~ ^[0-9]+$ ]] && [ "$RANK" -lt "$nodes" ] || fail "RANK is '$RANK': with $nodes machines it must be a number from 0 to $((nodes - 1))"
+fi
+if [ -n "${CARVE3D_PROCESSES:-}" ]; then
+    is_count "$CARVE3D_PROCESSES" || fail "CARVE3D_PROCESSES is '$CARVE3D_PROCESSES': set it to a number of processes, 1 or more"
+fi
+
+[ -n "${CARVE3D_DRY_RUN:-}" ] || setup_env
+gpus="$(count_gpus)"
+
+if [ "${nodes:-1}" -gt 1 ]; then
+    [ "$gpus" -gt 0 ] || fail "this machine has no GPU that torch can use, and a run on $nodes machines needs them: without GPUs, 'bash carve3d_train.sh' runs the small world"
+    per_node="${CARVE3D_PROCESSES:-$gpus}"
+    # RANK is the machine's number here; the processes get their own from the launcher
+    rank="$RANK" address="$MASTER_ADDR" port="$MASTER_PORT"
+    unset RANK MASTER_ADDR MASTER_PORT
+    start "$VENV_PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines "$nodes" \
+        --num_processes $((nodes * per_node)) --machine_rank "$rank" --main_process_ip "$address" \
+        --main_process_port "$port" --same_network --rdzv_backend static --rdzv_conf timeout=3600 \
+        --mixed_precision no --dynamo_backend no carve3d_train.py "$@"
+fi
+
+if [ -n "${CARVE3D_PROCESSES:-}" ]; then
+    processes="$CARVE3D_PROCESSES"
+elif [ "$gpus" -eq 0 ]; then
+    processes="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+    processes=$((processes < 2 ? processes : 2))
+elif [ "$default_config" = config/tiny.py ]; then
+    processes="$(power_of_two_up_to "$gpus")"  # the small world's 64 samples must be shared evenly
+else
+    processes="$gpus"
+fi
+run_on_this_machine "$processes" "$@"
