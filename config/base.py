@@ -80,8 +80,8 @@ def get_config() -> ConfigDict:
     config.prompts.train_file = "prompts/train_candidates.txt"
     # Validation prompts: painted with fixed noise every val_freq epochs.
     config.prompts.val_file = "prompts/validation.txt"
-    # Test prompts: painted before and after the run. The paper's are the 415 DreamFusion prompts, which are not shipped:
-    # put a copy at prompts/dreamfusion_415.txt (or .json) and name it here.
+    # Test prompts: painted before and after the run. The paper's are the 415 DreamFusion prompts, which are not
+    # shipped: put a copy at prompts/dreamfusion_415.txt (or .json) and name it here.
     config.prompts.test_file = "prompts/test.txt"
     # How many training prompts, from the top of train_file. 0 = all.
     config.prompts.num_train = 30
@@ -149,7 +149,7 @@ def get_config() -> ConfigDict:
     # Step size in what it does instead of what it is: the learning rate is calibrated so that one update moves the
     # policy by this KL, in nats per trajectory, measured in float32 on the trained steps. 0 = keep learning_rate.
     config.train.kl_per_update = 0.0
-    # In how many of the first updates the learning rate is calibrated; afterwards it stays. Used with kl_per_update > 0.
+    # In how many of the first updates the learning rate is calibrated; then it stays. Used with kl_per_update > 0.
     config.train.kl_calibration_updates = 3
 
     ###### Reward ######

@@ -50,7 +50,8 @@ def multi_round(rounds: int) -> ConfigDict:
     """PPO as DDPO runs it: `rounds` updates on the 768 samples of an epoch, the later ones off-policy."""
     config = carve3d_train()
     if SAMPLES_PER_EPOCH % _positive_int("multi_round", rounds):
-        raise ValueError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a divisor of it")
+        raise ValueError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a "
+                         f"divisor of it")
     config.train.total_batch_size = SAMPLES_PER_EPOCH // rounds
     return config
 

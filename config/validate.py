@@ -130,7 +130,8 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
     """
     sample, train = config.sample, config.train
     if sample.num_batches_per_epoch == 0:
-        share = _share(sample.total_batch_size, num_processes, "sample.total_batch_size", "sample.num_batches_per_epoch")
+        share = _share(sample.total_batch_size, num_processes, "sample.total_batch_size",
+                       "sample.num_batches_per_epoch")
         sample.batch_size = _largest_divisor(share, sample.batch_size)
         sample.num_batches_per_epoch = share // sample.batch_size
     sample.total_batch_size = sample.batch_size * num_processes * sample.num_batches_per_epoch
@@ -174,7 +175,8 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
         ("samples per update", f"{train.total_batch_size} = {train.batch_size} at a time"
                                f" x {train.gradient_accumulation_steps} accumulated x {num_processes} processes"),
         ("updates per epoch", f"{updates}, {policy}"),
-        ("trained steps", f"{steps} of {sample.num_steps} per sample, {min(train.timesteps_per_forward, steps)} per UNet pass"),
+        ("trained steps", f"{steps} of {sample.num_steps} per sample,"
+                          f" {min(train.timesteps_per_forward, steps)} per UNet pass"),
         ("epochs", f"{config.num_epochs}: 1 that fills the trackers, then {config.num_epochs - 1} with updates"),
     ]
     width = max(len(name) for name, _ in rows)
@@ -421,7 +423,8 @@ def _unknown_key(key: str, known: dict[str, Any]) -> str:
     # by the whole name or by its last part, whichever is nearer: train.lr_rate, but also plain learning_rate
     keys = [name for name in known if not isinstance(known[name], ConfigDict)]
     leaf = key.split(".")[-1]
-    nearest = max(keys, key=lambda name: max(_similarity(key, name), _similarity(leaf, name.split(".")[-1])))
+    nearest = max(keys, key=lambda name: (max(_similarity(key, name), _similarity(leaf, name.split(".")[-1])),
+                                          _similarity(key, name)))
     return f"config.{key} does not exist: did you mean config.{nearest}? (config/base.py lists all keys)"
 
 

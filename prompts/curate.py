@@ -132,7 +132,8 @@ def main(flags) -> None:
     config.prompts.num_train = 0
     validate(config, num_processes=1, device_type="cuda" if torch.cuda.is_available() else "cpu")
     if not 1 <= flags.keep <= len(candidates):  # before hours of painting
-        raise ValueError(f"--keep is {flags.keep} but {flags.candidates} has {len(candidates)} prompts: keep at most those")
+        raise ValueError(f"--keep is {flags.keep} but {flags.candidates} has {len(candidates)} prompts: keep between 1 "
+                         f"and {len(candidates)}")
 
     settings = {"pretrained": config.pretrained.to_dict(), "painter": config.painter.to_dict(), "seed": config.seed,
                 "reward_fn": config.reward_fn, "recon": config.recon.to_dict(), "mrc": config.mrc.to_dict(),

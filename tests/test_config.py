@@ -1,0 +1,290 @@
+"""Configurations: reached as DDPO users expect, the paper's values, the same totals on any machine, no contradictions."""
+
+import re
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from config import base, dgx, tiny
+from config.validate import (CHOICES, RANGES, _flatten, batch_table, check_flags, resolve, trained_steps,
+                             updates_per_epoch, validate)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def complete(config):
+    """A configuration with what the user has to give."""
+    config.pretrained.model = config.pretrained.model or "someone/painter"
+    config.recon.checkpoint = config.recon.checkpoint or "sculptor.safetensors"
+    return config
+
+
+def refused(match, processes=1, device_type=None, config=None, **changes):
+    """Whether tiny's configuration with `changes` ("train__batch_size": 3) is refused with a sentence like `match`."""
+    config = complete(config or tiny.get_config())
+    config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+    with pytest.raises(ValueError, match=match) as error:
+        validate(config, processes, device_type, check_files=False)
+    assert "\n" not in str(error.value)
+
+
+def parse(*arguments):
+    """What `--config ...` on the command line gives."""
+    values = flags.FlagValues()
+    line = ["train", *arguments]
+    config_flags.DEFINE_config_file("config", None, flag_values=values, sys_argv=line)
+    values(line)
+    return values.config
+
+
+###### Flags ######
+
+
+@pytest.mark.parametrize("name", ["config/base.py", "config/tiny.py", "config/dgx.py", "config/dgx.py:carve3d_train"])
+def test_flags_reach_every_configuration(name):
+    config = parse("--config", str(ROOT / name), "--config.train.learning_rate=1e-3", "--config.use_lora=False",
+                   "--config.resume_from=logs/x", "--config.kl_beta=1", "--config.per_prompt_stat_tracking.min_count=2")
+    assert config.train.learning_rate == 1e-3 and config.use_lora is False and config.resume_from == "logs/x"
+    assert isinstance(config.kl_beta, float) and config.per_prompt_stat_tracking.min_count == 2
+
+
+def test_flags_reach_a_sweep():
+    config = parse("--config", f"{ROOT}/config/dgx.py:data_size(10)")
+    assert config.prompts.num_train == 10
+    assert (config.per_prompt_stat_tracking.min_count, config.per_prompt_stat_tracking.buffer_size) == (76, 228)
+
+
+@pytest.mark.parametrize("name", ["carve3d", "", "data_size(10", "get_config", "__import__('os')"])
+def test_unknown_run_is_named(name):
+    with pytest.raises(ValueError, match="has no run .*carve3d_train, data_size"):
+        dgx.get_config(name)
+
+
+@pytest.mark.parametrize("name", ["data_size", "data_size()", "data_size(0)", "data_size(2.5)", "multi_round(5)",
+                                  "data_size(x)", "batch_size(-1)", "kl_coefficient", "data_size(700)"])
+def test_wrong_arguments_of_a_run_are_refused(name):
+    with pytest.raises(ValueError):
+        dgx.get_config(name)
+
+
+@pytest.mark.parametrize("flag, hint", [
+    ("--config.train.learning_rat=1", "config.train.learning_rate"),
+    ("--config.trian.batch_size=1", "config.train.batch_size"),
+    ("--config.learning_rate=1", "config.train.learning_rate"),
+    ("--noconfig.use_lra", "config.use_lora"),
+    ("--config.lora_rank=4", "config.lora.rank"),
+    ("--config.kl_log=True", "config.log_kl"),
+    ("--config.per_prompt_stat_tracking=None", "buffer_size=0"),
+])
+def test_misspelled_flag_is_refused_with_the_right_one(flag, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        check_flags(["train", "--config=config/tiny.py", flag])
+
+
+def test_right_flags_pass():
+    check_flags(["train", "--config", "config/tiny.py", "--config.train.learning_rate=1", "--noconfig.use_lora",
+                 "--config.sample.prompt_suffix=, a = b", "--other.flag=1"])
+
+
+###### Values ######
+
+
+def test_defaults_are_the_papers():
+    config = dgx.carve3d_train()
+    assert (config.sample.num_steps, config.sample.eta, config.sample.guidance_scale) == (100, 1.0, 5.0)
+    assert (config.lora.rank, config.lora.targets, config.mixed_precision) == (4, "attention", "fp16")
+    train = config.train
+    assert (train.learning_rate, train.adam_beta1, train.adam_beta2, train.adam_epsilon, train.adam_weight_decay,
+            train.max_grad_norm) == (3e-4, 0.9, 0.999, 1e-8, 1e-4, 1.0)
+    assert (train.clip_range, train.adv_clip_max, train.num_inner_epochs) == (1e-4, 5.0, 1)
+    assert train.timestep_fraction == 1.0
+    assert (train.timestep_weighting, train.skip_last_steps, train.kl_per_update) == ("uniform", 0, 0.0)
+    assert config.kl_penalty and config.kl_in_reward and config.kl_per_prompt_stat_tracking
+    assert (config.kl_normalized_coeff, config.kl_estimator, config.num_epochs) == (0.2, "log_ratio", 55)
+    assert config.prompts.num_train == 30
+    assert (config.per_prompt_stat_tracking.min_count, config.per_prompt_stat_tracking.buffer_size) == (25, 75)
+
+
+def test_published_machine_gives_published_numbers():
+    config = validate(complete(dgx.carve3d_train()), 48, "cuda", check_files=False)
+    assert (config.sample.batch_size, config.sample.num_batches_per_epoch) == (8, 2)
+    assert (config.train.batch_size, config.train.gradient_accumulation_steps) == (4, 4)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6, 8, 16, 48, 64, 96, 768])
+@pytest.mark.parametrize("run, updates", [("carve3d_train", 1), ("multi_round(2)", 2), ("multi_round(3)", 3),
+                                          ("batch_size(768)", 1), ("kl_coefficient(0)", 1)])
+def test_totals_do_not_depend_on_the_number_of_processes(processes, run, updates):
+    config = complete(dgx.get_config(run))
+    if config.train.total_batch_size % processes:
+        return refused("cannot share evenly", processes, config=config)
+    config = validate(config, processes, check_files=False)
+    sample, train = config.sample, config.train
+    assert sample.batch_size * processes * sample.num_batches_per_epoch == 768 == sample.total_batch_size
+    assert train.batch_size * processes * train.gradient_accumulation_steps == 768 // updates
+    assert sample.batch_size * sample.num_batches_per_epoch % train.batch_size == 0
+    assert train.batch_size <= sample.batch_size
+    assert updates_per_epoch(config) == updates
+
+
+def test_per_process_numbers_win_over_totals_as_ddpo_users_expect():
+    config = tiny.get_config()
+    config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 3
+    config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2
+    validate(config, 2, check_files=False)
+    assert (config.sample.total_batch_size, config.train.total_batch_size) == (24, 8)
+    assert updates_per_epoch(config) == 3
+
+
+def test_resolving_twice_changes_nothing():
+    once = resolve(tiny.get_config(), 4)
+    assert resolve(once.copy_and_resolve_references(), 4).to_dict() == once.to_dict()
+
+
+def test_batch_table_tells_on_policy_from_off_policy():
+    assert "purely on-policy" in batch_table(dgx.carve3d_train(), 8)
+    table = batch_table(dgx.multi_round(3), 8)
+    assert "off-policy" in table and "768 = 8 at a time x 12 batches x 8 processes" in table
+
+
+def test_every_enumerated_and_bounded_key_exists_and_has_an_allowed_default():
+    keys = _flatten(base.get_config())
+    assert set(CHOICES) | set(RANGES) <= set(keys)
+    numbers = {key for key, value in keys.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
+    assert numbers == set(RANGES)
+
+
+def test_every_key_of_base_is_documented():
+    lines = (ROOT / "config" / "base.py").read_text().splitlines()
+    for number, line in enumerate(lines):
+        if re.match(r"    config\.[\w.]+ = (?!ConfigDict)", line) and "train.adam_" not in line:
+            assert lines[number - 1].startswith("    #"), line
+
+
+def test_tracking_is_turned_off_by_an_empty_buffer():
+    config = tiny.get_config()
+    config.per_prompt_stat_tracking.buffer_size = 0
+    config.kl_per_prompt_stat_tracking = False
+    assert validate(config, 1, check_files=False).per_prompt_stat_tracking is None
+    assert validate(config, 1, check_files=False) is config
+
+
+def test_paths_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = resolve(base.get_config(), 1)
+    assert config.prompts.test_file == str(ROOT / "prompts" / "test.txt")
+
+
+###### Contradictions ######
+
+
+def test_tiny_is_free_of_contradictions():
+    for processes in (1, 2, 4, 8):
+        validate(tiny.get_config(), processes, "cpu", check_files=False)
+    assert trained_steps(tiny.get_config()) == 7
+
+
+def test_batch_contradictions():
+    refused("train.batch_size is 64, larger than", train__batch_size=64)
+    refused("does not divide the 32 samples .* set it to 4", sample__batch_size=32, sample__num_batches_per_epoch=1,
+            train__batch_size=5, train__gradient_accumulation_steps=2)
+    refused("an update takes 48 samples", train__batch_size=16, train__gradient_accumulation_steps=3)
+    refused("an update takes 128 samples", train__total_batch_size=128)
+    refused("cannot share evenly: run on 2, or set it to 66", processes=3)
+    refused("are both 0", sample__total_batch_size=0)
+    refused("are both 0", train__total_batch_size=0)
+
+
+def test_step_contradictions():
+    refused("leaves no step", train__skip_last_steps=8, train__timesteps_per_forward=1)
+    refused("leaves no step to train: set it to 0.143", train__timestep_fraction=0.1)
+    refused("only 3 steps", train__timestep_fraction=0.5)
+    refused("another policy", train__cfg=False)
+    refused(r"sample.eta is 0.0: set it to a value in \(0, 1\]", sample__eta=0.0)
+    refused("kl_calibration_updates is 5, more than the 2", num_epochs=3, train__kl_calibration_updates=5)
+
+
+def test_the_advised_fraction_is_enough():
+    config = tiny.get_config()
+    config.train.timestep_fraction, config.train.timesteps_per_forward = 0.143, 1
+    assert trained_steps(validate(config, 1, check_files=False)) == 1
+
+
+def test_statistics_and_kl_contradictions():
+    refused("smaller than min_count", per_prompt_stat_tracking__buffer_size=3)
+    refused("there is no KL to put into", kl_penalty=False)
+    refused("is off", per_prompt_stat_tracking__buffer_size=0)
+    refused("no KL is computed", kl_penalty=False, kl_in_reward=False, log_kl=False, stop_kl=1e-3)
+
+
+def test_precision_contradictions():
+    refused("needs a GPU", device_type="cpu", mixed_precision="fp16")
+    refused("recon.dtype is 'fp16', which needs a GPU", device_type="cpu", recon__dtype="fp16")
+    refused("needs a GPU", device_type="cpu", train__use_8bit_adam=True)
+
+
+@pytest.mark.parametrize("key", sorted(CHOICES))
+def test_unknown_names_are_refused_with_the_known_ones(key):
+    refused(f"config.{re.escape(key)} is 'qqq': set it to one of {re.escape(repr(CHOICES[key][0]))}",
+            **{key.replace(".", "__"): "qqq"})
+
+
+@pytest.mark.parametrize("key", sorted(RANGES))
+def test_numbers_out_of_range_are_refused(key):
+    value = -2 if not key.endswith("empty_view_reward") else 1.0
+    refused(f"config.{re.escape(key)} is .*: set it to a value in", **{key.replace(".", "__"): value})
+
+
+def test_nan_is_refused():
+    refused("learning_rate is nan", train__learning_rate=float("nan"))
+
+
+def test_unknown_missing_and_wrongly_typed_keys():
+    config = tiny.get_config()
+    config.train.learning_rat = 1.0
+    with pytest.raises(ValueError, match="did you mean config.train.learning_rate"):
+        validate(config, 1, check_files=False)
+    config = tiny.get_config()
+    del config.sample["eta"]
+    with pytest.raises(ValueError, match="config.sample.eta is missing"):
+        validate(config, 1, check_files=False)
+    for key, value in (("use_lora", 1), ("seed", "1"), ("num_epochs", 1.5), ("run_name", 3), ("seed", None)):
+        config = tiny.get_config()
+        with config.ignore_type():
+            config[key] = value
+        with pytest.raises(ValueError, match=f"config.{key} is .*: it must be a"):
+            validate(config, 1, check_files=False)
+
+
+def test_what_the_user_must_give():
+    config = dgx.carve3d_train()
+    with pytest.raises(ValueError, match="config.pretrained.model is empty: set --config.pretrained.model"):
+        validate(config, 48, check_files=False)
+    config.pretrained.model = "someone/painter"
+    with pytest.raises(ValueError, match="config.recon.checkpoint is empty"):
+        validate(config, 48, check_files=False)
+    config.reward_fn = "jpeg_compressibility"  # needs no reconstructor
+    validate(config, 48, check_files=False)
+
+
+def test_missing_files_are_named(tmp_path):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a cup\na hat\n")
+    config = complete(base.get_config())
+    config.prompts.train_file = config.prompts.val_file = config.prompts.test_file = str(prompts)
+    with pytest.raises(ValueError, match="num_train is 30 but .* has 2 prompts"):
+        validate(config, 1)
+    config.prompts.num_train = 0
+    with pytest.raises(FileNotFoundError, match="config.recon.checkpoint is 'sculptor.safetensors'"):
+        validate(config, 1)
+    config.recon.checkpoint = str(prompts)
+    validate(config, 1)
+    config.pretrained.model = "tiny/nothing"  # looks like a hub id, but its first part is a folder of the repository
+    with pytest.raises(FileNotFoundError, match="config.pretrained.model"):
+        validate(config, 1)
+    config = dgx.carve3d_train()
+    config.prompts.train_file = str(tmp_path / "curated" / "kept.txt")
+    with pytest.raises(FileNotFoundError, match="config.prompts.train_file.*python -m prompts.curate"):
+        validate(complete(config), 1)
