@@ -76,8 +76,8 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
     """`samples` per epoch and per update, over `prompts` training prompts; buffers as published."""
     per_prompt = samples // prompts
     if per_prompt < 2:
-        raise ValueError(f"{samples} samples per epoch over {prompts} prompts leave fewer than 2 per prompt: use at most "
-                         f"{samples // 2} prompts, or more samples")
+        raise ValueError(f"{samples} samples per epoch over {prompts} prompts leave fewer than 2 per prompt: use at "
+                         f"most {samples // 2} prompts, or more samples")
     config.sample.total_batch_size = config.train.total_batch_size = samples
     config.prompts.num_train = prompts
     config.per_prompt_stat_tracking.min_count = per_prompt

@@ -1,4 +1,4 @@
-"""Configurations: reached as DDPO users expect, the paper's values, the same totals on any machine, no contradictions."""
+"""Configurations: reached as DDPO users expect, with the paper's values and the same totals on any machine."""
 
 import re
 from pathlib import Path
