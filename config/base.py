@@ -94,6 +94,8 @@ def get_config() -> ConfigDict:
     config.sample.eta = 1.0
     # Classifier-free guidance weight, the same for sampling and for the update. 1.0 = no guidance.
     config.sample.guidance_scale = 5.0
+    # Bring the contrast of guided predictions back towards the unguided ones (Lin et al. 2023), 0 = off ... 1 = fully.
+    config.sample.guidance_rescale = 0.0
     # Samples per epoch over all processes. The number of batches follows from it, so that a run has the same epochs on
     # any number of processes. 0 = not prescribed: give num_batches_per_epoch.
     config.sample.total_batch_size = 768

@@ -46,6 +46,7 @@ RANGES = {
     "sample.num_steps": "[1, 1000]",
     "sample.eta": "(0, 1]",
     "sample.guidance_scale": "[1, inf)",
+    "sample.guidance_rescale": "[0, 1]",
     "sample.total_batch_size": "[0, inf)",
     "sample.batch_size": "[1, inf)",
     "sample.num_batches_per_epoch": "[0, inf)",

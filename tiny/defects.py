@@ -11,6 +11,7 @@ from recon.cameras import Cameras, instant3d_cameras
 from tiny.objects import COLOURS, Primitives, build, parse_caption, random_caption, render
 
 VIEW = 3
+SHIPPED = "colour"  # the defect of tiny/weights/painter_defect
 SMALL = 0.45  # size of the object in a view spoilt by "size", relative to the other views
 PALETTE = torch.tensor(list(COLOURS.values()))
 

@@ -1,0 +1,132 @@
+"""What a run leaves to look at: metrics.jsonl, curves.png, pictures, and an external tracker if wanted."""
+
+import json
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+
+CURVES = {  # curves.png: title -> (kind of line, key)
+    "reward of the samples": ("epoch", "reward_mean"),
+    "reward on validation prompts": ("validation", "reward_mean"),
+    "KL to the base model": ("epoch", "kl_mean"),
+    "samples with an empty view": ("epoch", "reward/empty_views"),
+    "foreground area": ("epoch", "reward/foreground"),
+    "gradient norm": ("update", "grad_norm"),
+}
+
+
+class RunLog:
+    """Writes into `folder` on the main process and is silent on the others."""
+
+    def __init__(self, folder, accelerator, config):
+        self.folder, self.accelerator = Path(folder), accelerator
+        self.main = accelerator.is_main_process
+        self.lines = []
+        if self.main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+
+    def resume(self, epochs_done):
+        """Forget the lines of epochs that will be run again."""
+        file = self.folder / "metrics.jsonl"
+        if not self.main or not file.exists():
+            return
+        for text in file.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:
+                continue  # a line cut short when the run was killed; its epoch is run again
+            if line["epoch"] < epochs_done:
+                self.lines.append(line)
+        partial = self.folder / "metrics.tmp"
+        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
+        os.replace(partial, file)
+
+    def write(self, kind, epoch, values):
+        """One line of metrics; kind is "epoch", "update" or "validation"."""
+        if not self.main:
+            return
+        line = {"kind": kind, "epoch": epoch, **values}
+        self.lines.append(line)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=epoch)
+
+    def histogram(self, name, values, epoch):
+        """A histogram in the external tracker, where it can show one."""
+        if not self.main:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                import wandb
+
+                tracker.log({name: wandb.Histogram(values)}, step=epoch)
+            elif tracker.name == "tensorboard":
+                tracker.writer.add_histogram(name, np.asarray(values), epoch)
+
+    def picture(self, name, picture, epoch):
+        """Save a PIL picture as samples/<name>.png and show it in the tracker."""
+        file = self.folder / "samples" / f"{name}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+        for tracker in self.accelerator.trackers:
+            tracker.log_images({name.rsplit("_", 1)[0]: np.asarray(picture)[None]}, step=epoch)
+
+    def curves(self):
+        """Draw curves.png from all lines so far."""
+        if not self.main or not self.lines:
+            return
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6), constrained_layout=True)
+        for axis, (title, (kind, key)) in zip(axes.flat, CURVES.items()):
+            points = [(line["epoch"], line[key]) for line in self.lines if line["kind"] == kind and line.get(key) is not None]
+            axis.set_title(title, fontsize=10)
+            axis.set_xlabel("epoch")
+            axis.grid(alpha=0.3)
+            if not points:
+                axis.text(0.5, 0.5, "nothing yet", ha="center", transform=axis.transAxes, color="gray")
+                continue
+            x, y = zip(*points)
+            axis.plot(x, y, marker="o", markersize=3)
+            errors = [line.get("reward_standard_error") for line in self.lines if line["kind"] == kind]
+            if kind == "validation" and all(errors):
+                axis.errorbar(x, y, yerr=errors, fmt="none", capsize=3)
+        figure.savefig(self.folder / "curves.tmp.png", dpi=100)
+        plt.close(figure)
+        os.replace(self.folder / "curves.tmp.png", self.folder / "curves.png")
+
+
+def sample_picture(views, renders, rewards, captions, columns=4):
+    """Painted views over re-rendered views, object by object, with reward and caption: a PIL image.
+
+    views, renders: (N, V, 3, S, S) in [0, 1], renders may be None; rewards: N numbers; captions: N strings."""
+    rows = [views] if renders is None else [views, _resized(renders, views.shape[-1])]
+    S, V = views.shape[-1], views.shape[1]
+    scale = max(1, round(96 / S))
+    width, height, text = V * S * scale, len(rows) * S * scale, 26
+    columns = min(columns, len(views))
+    canvas = Image.new("RGB", (columns * (width + 8), -(-len(views) // columns) * (height + text + 8)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for n in range(len(views)):
+        x, y = (n % columns) * (width + 8), (n // columns) * (height + text + 8)
+        draw.text((x + 2, y), captions[n][: width // 6], fill="black")
+        draw.text((x + 2, y + 12), f"reward {float(rewards[n]):.3f}", fill="black")
+        for r, row in enumerate(rows):
+            strip = row[n].permute(2, 0, 3, 1).reshape(S, V * S, 3)
+            tile = Image.fromarray((strip.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
+            canvas.paste(tile.resize((width, S * scale), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC), (x, y + text + r * S * scale))
+        draw.rectangle([x - 1, y + text - 1, x + width, y + text + height], outline="lightgray")
+    return canvas
+
+
+def _resized(renders, size):
+    if renders.shape[-1] == size:
+        return renders
+    return F.interpolate(renders.flatten(0, 1), (size, size), mode="area").unflatten(0, renders.shape[:2])

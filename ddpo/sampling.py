@@ -1,0 +1,74 @@
+"""An epoch's samples: who paints which prompt with which random numbers, and what the judge says."""
+
+import time
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from diffusers_patch.rollout import Trajectory, rollout
+
+# What random numbers are for. Every use has a stream of its own, made from the run's seed, so that a resumed run needs no
+# saved state and a sample does not depend on how many processes paint.
+PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION = range(5)
+
+
+def generator(seed, purpose, *indices):
+    """A torch.Generator (CPU) of its own for every (seed, purpose, indices)."""
+    state = np.random.SeedSequence([seed, purpose, *indices]).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) & (2**63 - 1))
+
+
+@dataclass
+class Samples:
+    """What one process painted: a trajectory of its N samples and the judge's verdict on them."""
+
+    trajectory: Trajectory
+    reward: torch.Tensor  # (N,)
+    foreground: torch.Tensor  # (N,) mean share of the views that is foreground
+    empty: torch.Tensor  # (N,) bool, some view is empty
+    renders: torch.Tensor | None  # (N, V, 3, S, S)
+    seconds: dict  # of "sampling" and "reward"
+
+
+def paint(policy, reward, prompts, generators, config, reference, progress=False):
+    """Paint and judge `prompts` (N), `config.sample.batch_size` at a time; generators: one per sample. Returns Samples."""
+    batches, verdicts, seconds = [], [], {"sampling": 0.0, "reward": 0.0}
+    size, suffix = config.sample.batch_size, config.sample.prompt_suffix
+    for first in tqdm(range(0, len(prompts), size), desc="sampling", leave=False, disable=not progress):
+        part = slice(first, first + size)
+        start = time.perf_counter()
+        batches.append(rollout(
+            policy, [prompt + suffix for prompt in prompts[part]], config.sample.num_steps, config.sample.guidance_scale,
+            config.sample.eta, generators[part], reference=reference))
+        middle = time.perf_counter()
+        verdicts.append(reward(batches[-1].views, prompts[part]))
+        seconds["sampling"] += middle - start
+        seconds["reward"] += time.perf_counter() - middle
+    joined = lambda name: torch.cat([getattr(verdict, name) for verdict in verdicts])
+    return Samples(
+        trajectory=concatenate(batches), reward=joined("reward").float(), foreground=joined("foreground").mean(1),
+        empty=joined("empty").any(1), renders=None if verdicts[0].renders is None else joined("renders"), seconds=seconds)
+
+
+def concatenate(trajectories):
+    """One Trajectory of many."""
+
+    def join(values):
+        if values[0] is None:
+            return None
+        if isinstance(values[0], dict):
+            return {name: torch.cat([value[name] for value in values]) for name in values[0]}
+        return torch.cat(values)
+
+    return Trajectory(**{f.name: join([getattr(t, f.name) for t in trajectories]) for f in fields(Trajectory)})
+
+
+def epoch_prompts(dataset, config, epoch, num_processes):
+    """The prompts of an epoch for all processes together: the first epoch shows every training prompt `min_count` times
+    to fill the trackers, later ones draw at random."""
+    if epoch == 0 and config.per_prompt_stat_tracking is not None:
+        batch = config.sample.batch_size * num_processes
+        return dataset.fill_epoch(config.per_prompt_stat_tracking.min_count, batch, config.sample.total_batch_size)[0]
+    return dataset.sample(config.sample.total_batch_size, generator(config.seed, PROMPTS, epoch))[0]

@@ -1,0 +1,103 @@
+"""From a configuration to the things a run needs: the painter, the reward, the optimizer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+from diffusers_patch.ddim_with_logprob import check_scheduler
+from diffusers_patch.mv_sdxl import MVSDXL
+from diffusers_patch.policy import LORA_FILE
+from mrc import LPIPS, MRC, jpeg_compressibility, jpeg_incompressibility
+from mrc.bounding_box import foreground_mask
+from recon import camera_disagreement, instant3d_cameras, load_reconstructor, reconstructor_cameras
+
+PAINTERS = {"mv_sdxl": (MVSDXL, StableDiffusionXLPipeline, instant3d_cameras)}
+JPEG_REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}
+
+
+def check_cameras(config):
+    """Raise ValueError if painter and sculptor look from different places. Nothing is loaded."""
+    if config.reward_fn != "mrc":
+        return
+    problems = camera_disagreement(PAINTERS[config.painter.name][2](), reconstructor_cameras(config.recon))
+    if problems:
+        raise ValueError(f"The painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit together: "
+                         f"{'; '.join(problems)}. Choose another config.recon.name or config.painter.name.")
+
+
+def load_painter(config, device):
+    """The multi-view policy of `config`, on `device`, without anything trainable yet.
+
+    Raises ValueError or FileNotFoundError, before the large files are read where that is possible."""
+    policy_class, pipeline_class, cameras = PAINTERS[config.painter.name]
+    source = dict(pretrained_model_name_or_path=config.pretrained.model, revision=config.pretrained.revision)
+    try:
+        scheduler = DDIMScheduler.from_pretrained(**source, subfolder="scheduler")
+        scheduler.set_timesteps(config.sample.num_steps)
+        check_scheduler(scheduler)
+        pipeline = pipeline_class.from_pretrained(**source, scheduler=scheduler, add_watermarker=False)
+    except OSError as error:
+        raise FileNotFoundError(f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a diffusers "
+                                f"pipeline ({error}): give a pipeline folder or a hub id.") from error
+    pipeline.set_progress_bar_config(disable=True)
+    if config.pretrained.lora:
+        if not (Path(config.pretrained.lora) / LORA_FILE).is_file():
+            raise FileNotFoundError(f"config.pretrained.lora = {config.pretrained.lora!r} has no {LORA_FILE}: give a folder "
+                                    f"with a LoRA in diffusers format, or '' for none.")
+        pipeline.load_lora_weights(config.pretrained.lora)
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    policy = policy_class(pipeline, cameras(), guidance_rescale=config.sample.guidance_rescale)
+    return policy.to(device, config.mixed_precision)
+
+
+def make_trainable(policy, config):
+    """Add what is trained: LoRA matrices, or the whole UNet."""
+    if config.use_lora:
+        policy.add_lora(config.lora.rank, config.lora.targets)
+    else:
+        policy.train_all()
+
+
+def make_optimizer(policy, config):
+    """AdamW over the policy's trainable weights, in 8 bits if asked for."""
+    train = config.train
+    settings = dict(lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2),
+                    weight_decay=train.adam_weight_decay, eps=train.adam_epsilon)
+    if train.use_8bit_adam:
+        import bitsandbytes
+
+        return bitsandbytes.optim.AdamW8bit(policy.trainable_parameters(), **settings)
+    return torch.optim.AdamW(policy.trainable_parameters(), **settings)
+
+
+@dataclass
+class PlainResult:
+    """The verdict of a reward that needs no reconstruction: as `mrc.MRCResult`, without renders."""
+
+    reward: torch.Tensor
+    foreground: torch.Tensor
+    empty: torch.Tensor
+    renders: None = None
+
+
+def load_reward(config, device):
+    """The reward of `config` as a function (views (B, V, 3, S, S), prompts) -> result.
+
+    A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool and `renders` (B, V, 3, S, S) or None. To add one's
+    own reward, return such a function here under a new name and list the name in config/validate.py."""
+    if config.reward_fn in JPEG_REWARDS:
+        score = JPEG_REWARDS[config.reward_fn]
+
+        def jpeg(views, prompts):
+            foreground = foreground_mask(views).float().mean((-1, -2))
+            return PlainResult(score(views), foreground, foreground < config.mrc.min_foreground)
+
+        return jpeg
+    reconstructor = load_reconstructor(config.recon, device)
+    lpips = LPIPS(config.mrc.lpips_checkpoint).to(device)
+    judge = MRC(reconstructor, lpips, bbox_lpips=config.mrc.bbox_lpips, min_foreground=config.mrc.min_foreground,
+                empty_view_reward=config.mrc.empty_view_reward, render_size=config.recon.render_size)
+    return lambda views, prompts: judge(views)

@@ -1,0 +1,49 @@
+"""MVSDXL: SDXL that paints four views of one object as a 2x2 grid, as Instant3D does."""
+
+import torch
+
+from diffusers_patch.policy import MultiViewPolicy
+
+DECODE_BATCH = 8  # grids decoded at a time: bounds the memory of the VAE
+
+
+class MVSDXL(MultiViewPolicy):
+    """A stock `StableDiffusionXLPipeline` as a multi-view policy. Latents (B, 4, h, w) are those of the whole grid."""
+
+    def _text_encoders(self):
+        return [encoder for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2) if encoder is not None]
+
+    @property
+    def latent_shape(self):
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, size, size)
+
+    @property
+    def image_size(self):
+        """Side of the grid image in pixels."""
+        return self.unet.config.sample_size * self.pipeline.vae_scale_factor
+
+    def _encode(self, prompts):
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        return {"prompt_embeds": embeds, "pooled": pooled}
+
+    def _unet(self, unet, latents, timesteps, conditioning):
+        size = self.image_size  # original size, crop corner, target size, all of the whole grid
+        time_ids = torch.tensor([size, size, 0, 0, size, size], device=latents.device, dtype=unet.dtype)
+        return unet(
+            latents.to(unet.dtype), timesteps, conditioning["prompt_embeds"].to(unet.dtype),
+            added_cond_kwargs={"text_embeds": conditioning["pooled"].to(unet.dtype), "time_ids": time_ids.expand(len(latents), 6)},
+        ).sample
+
+    @torch.no_grad()
+    def decode(self, latents):
+        """Latents (B, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1], reading order of the grid."""
+        vae = self.pipeline.vae
+        grids = [vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample for part in latents.split(DECODE_BATCH)]
+        return split_grid((torch.cat(grids).float() / 2 + 0.5).clamp(0, 1))
+
+
+def split_grid(grids):
+    """(B, 3, 2S, 2S) -> (B, 4, 3, S, S): top left, top right, bottom left, bottom right."""
+    B, C, H, W = grids.shape
+    return grids.reshape(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).reshape(B, 4, C, H // 2, W // 2)

@@ -1,0 +1,207 @@
+"""What the trainer finetunes: a multi-view diffusion model seen as a policy.
+
+`MultiViewPolicy` holds what every painter shares: the UNet with its LoRA, the frozen reference, arithmetic types, and
+loading and saving. A painter (`MVSDXL`) adds how prompts are encoded, how the UNet is called and how latents become views.
+"""
+
+import contextlib
+import copy
+from pathlib import Path
+
+import torch
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.utils.torch_utils import randn_tensor
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+LORA_TARGETS = {
+    "attention": ATTENTION,
+    "attention+conv": ATTENTION + [
+        "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv1", "conv2", "conv_shortcut",
+        "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv",
+    ],
+}
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def take(conditioning, index):
+    """The conditioning (a dict of (B, ...) tensors) of some of its samples."""
+    return {name: value[index] for name, value in conditioning.items()}
+
+
+class MultiViewPolicy:
+    """A multi-view diffusion model whose denoising steps are actions.
+
+    pipeline: a stock diffusers pipeline with `unet`, `vae`, `scheduler` (DDIM) and text encoders.
+    cameras: where the V views stand (any object; the trainer compares it with the reconstructor's).
+    guidance_rescale: 0 = plain guidance (Lin et al. 2023, section 3.4, for values up to 1).
+
+    Subclasses provide `encode(prompts) -> conditioning`, `decode(latents) -> views`, `latent_shape` (of one sample) and
+    `_unet(unet, latents, timesteps, conditioning)`; conditioning is a dict of (B, ...) tensors.
+    """
+
+    def __init__(self, pipeline, cameras, guidance_rescale=0.0):
+        self.pipeline, self.cameras, self.guidance_rescale = pipeline, cameras, guidance_rescale
+        self.unet, self.scheduler = pipeline.unet, pipeline.scheduler
+        self.reference_unet, self.autocast_dtype = None, None
+        self._embeddings = {}
+        for model in (self.unet, pipeline.vae, *self._text_encoders()):
+            model.requires_grad_(False).eval()
+
+    @property
+    def device(self):
+        return self.unet.device
+
+    def to(self, device, mixed_precision="no"):
+        """Move everything to `device`; the frozen weights take the type of `mixed_precision` ("no", "fp16", "bf16").
+
+        The VAE stays in float32 where its config says that it overflows in half precision (`force_upcast`)."""
+        dtype = DTYPES[mixed_precision]
+        self.autocast_dtype = None if dtype == torch.float32 else dtype
+        self.unet.to(device, dtype)
+        self.pipeline.vae.to(device, torch.float32 if self.pipeline.vae.config.force_upcast else dtype)
+        for encoder in self._text_encoders():
+            encoder.to(device, dtype)
+        if torch.device(device).type == "cpu":
+            # the backward pass of fused attention is slower on CPUs than plain matrix products
+            self.unet.set_attn_processor(AttnProcessor())
+        return self
+
+    # -- what is trained --------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank, targets="attention"):
+        """Train low-rank matrices (float32) beside the frozen UNet; the reference is the UNet without them.
+
+        A ~ N(0, (1/rank)^2), B = 0, scaling 1, as published. targets: a key of `LORA_TARGETS`."""
+        config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS[targets])
+        self.unet.add_adapter(config)
+        self._float_trainable()
+
+    def train_all(self):
+        """Train every weight of the UNet (float32); the reference is a frozen copy."""
+        self.reference_unet = copy.deepcopy(self.unet)
+        self.unet.requires_grad_(True)
+        self._float_trainable()
+
+    def _float_trainable(self):
+        for parameter in self.trainable_parameters():
+            parameter.data = parameter.data.float()
+
+    def trainable_parameters(self):
+        return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def trainable_state(self):
+        """{name: tensor} of what is trained."""
+        return {name: p.detach() for name, p in self.unet.named_parameters() if p.requires_grad}
+
+    def load_trainable_state(self, state):
+        """Put back what `trainable_state` returned. Raises ValueError if names or shapes differ."""
+        mine = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        if mine.keys() != state.keys() or any(mine[name].shape != value.shape for name, value in state.items()):
+            raise ValueError("The saved weights do not fit this model: config.use_lora, config.lora.rank, config.lora.targets "
+                             "and config.pretrained.model must be those of the run that saved them.")
+        with torch.no_grad():
+            for name, value in state.items():
+                mine[name].copy_(value)
+
+    def save_lora(self, folder):
+        """Write `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads."""
+        layers = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(self.unet).items()}
+        self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
+
+    def save_weights(self, folder):
+        """What was trained, for stock diffusers: the LoRA, or with `train_all` a `unet` folder."""
+        if self.reference_unet is None:
+            self.save_lora(folder)
+        else:
+            self.unet.save_pretrained(Path(folder) / "unet")
+
+    def load_lora(self, folder):
+        """Load such a file into the adapter made by `add_lora`. Raises FileNotFoundError or ValueError."""
+        file = Path(folder) / LORA_FILE
+        if not file.is_file():
+            raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that save_lora wrote.")
+        state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
+        problems = set_peft_model_state_dict(self.unet, state)
+        missing = [name for name in problems.missing_keys if "lora_" in name]
+        if missing or problems.unexpected_keys:
+            raise ValueError(f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
+                             f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that saved it.")
+
+    # -- acting -----------------------------------------------------------------------------------------------------
+
+    def encode(self, prompts):
+        """Conditioning of B prompts: a dict of (B, ...) tensors. Each distinct prompt is encoded once in a run."""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if new:
+            with torch.no_grad():
+                encoded = self._encode(new)
+            for i, prompt in enumerate(new):
+                self._embeddings[prompt] = {name: value[i] for name, value in encoded.items()}
+        rows = [self._embeddings[prompt] for prompt in prompts]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def initial_latents(self, batch, generator=None):
+        """(batch, *latent_shape) float32 noise; generator: one, or a list of `batch` (one per sample)."""
+        noise = randn_tensor((batch, *self.latent_shape), generator=generator, device=self.device, dtype=torch.float32)
+        return noise * self.scheduler.init_noise_sigma
+
+    def predict(self, latents, timesteps, conditioning, guidance_scale, reference=False):
+        """The UNet's output after classifier-free guidance, float32, shape of `latents` (B, ...).
+
+        timesteps: (B,). The unconditional branch has zeros for all embeddings. reference: the frozen base model.
+        guidance_scale 1 skips the unconditional branch."""
+        unet = self.unet
+        if reference and self.reference_unet is not None:
+            unet = self.reference_unet
+        with self._reference_mode(reference), self._autocast():
+            if guidance_scale == 1.0:
+                return self._unet(unet, latents, timesteps, conditioning).float()
+            both = {name: torch.cat([torch.zeros_like(value), value]) for name, value in conditioning.items()}
+            output = self._unet(unet, torch.cat([latents] * 2), torch.cat([timesteps] * 2), both).float()
+        unconditional, conditional = output.chunk(2)
+        guided = unconditional + guidance_scale * (conditional - unconditional)
+        if self.guidance_rescale > 0:
+            guided = rescale_guidance(guided, conditional, self.guidance_rescale)
+        return guided
+
+    @contextlib.contextmanager
+    def _reference_mode(self, reference):
+        switch = reference and self.reference_unet is None
+        if switch:
+            self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            if switch:
+                self.unet.enable_adapters()
+
+    def _autocast(self):
+        if self.autocast_dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self.autocast_dtype)
+
+    @contextlib.contextmanager
+    def full_precision(self):
+        """Inside, the UNet computes in float32 (its frozen weights keep their rounded values)."""
+        kept, self.autocast_dtype = self.autocast_dtype, None
+        frozen = [p for p in self.unet.parameters() if not p.requires_grad]
+        types = [p.dtype for p in frozen]
+        for p in frozen:
+            p.data = p.data.float()
+        try:
+            yield
+        finally:
+            for p, dtype in zip(frozen, types):
+                p.data = p.data.to(dtype)
+            self.autocast_dtype = kept
+
+
+def rescale_guidance(guided, conditional, strength):
+    """Bring the std of each guided prediction (B, ...) back towards that of the conditional one (Lin et al. 2023, eq. 15, 16)."""
+    dims = list(range(1, guided.ndim))
+    matched = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
+    return strength * matched + (1 - strength) * guided

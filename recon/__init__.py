@@ -1,0 +1,38 @@
+"""The sculptor: posed views in, a 3D scene out, and pictures of it from any camera."""
+
+from typing import Protocol
+
+import torch
+
+from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, orbit_cameras
+from recon.tiny_lrm import TinyLRM
+
+
+class Reconstructor(Protocol):
+    """What `mrc` needs of a sculptor."""
+
+    num_views: int
+    input_size: int
+    cameras: Cameras  # where its input views must stand
+
+    def reconstruct(self, views, cameras):
+        """views (B, V, 3, S, S) in [0, 1] on white -> a scene (batch of B)."""
+
+    def render(self, scene, cameras, size):
+        """images (B, M, 3, size, size) in [0, 1] on white, alpha (B, M, 1, size, size)."""
+
+
+RECONSTRUCTORS = {"tiny_lrm": TinyLRM}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def reconstructor_cameras(config):
+    """The cameras that `config` (config.recon) wants its views from, known before any weights are loaded."""
+    return RECONSTRUCTORS[config.name].input_cameras()
+
+
+def load_reconstructor(config, device="cpu") -> Reconstructor:
+    """The reconstructor named by config.recon.name, with the weights of config.recon.checkpoint, frozen."""
+    model = RECONSTRUCTORS[config.name].from_pretrained(config.checkpoint)
+    model.chunk_size = config.chunk_size
+    return model.requires_grad_(False).eval().to(device).set_dtype(DTYPES[config.dtype])

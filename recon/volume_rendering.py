@@ -1,0 +1,171 @@
+"""Volume rendering of triplane radiance fields, written from the emission-absorption equations.
+
+A ray is cut at depths t_0 < ... < t_{D-1}. Each interval between neighbours has the mean density and colour of its two
+ends: alpha_i = 1 - exp(-sigma_i (t_{i+1} - t_i)), T_i = prod_{j<i} (1 - alpha_j), colour = sum_i T_i alpha_i c_i
+(Max 1995; the quadrature of NeRF with the midpoint rule).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Triplane:
+    """A batch of scenes in the box [-1, 1]^3. planes: (B, 3, C, H, W) for the coordinate pairs (x,y), (x,z), (z,y);
+    the first coordinate of a pair runs along the width."""
+
+    planes: torch.Tensor
+
+    def __len__(self):
+        return len(self.planes)
+
+
+def sample_planes(planes, points):
+    """Bilinear features of points: planes (B, 3, C, H, W), points (B, P, 3) -> (B, P, 3 C); zero outside the box."""
+    B, _, C, _, _ = planes.shape
+    pairs = torch.stack([points[..., [0, 1]], points[..., [0, 2]], points[..., [2, 1]]], dim=1)
+    features = F.grid_sample(planes.flatten(0, 1), pairs.flatten(0, 1)[:, None], align_corners=False)
+    return features.reshape(B, 3 * C, -1).transpose(1, 2)
+
+
+class TriplaneDecoder(nn.Module):
+    """Features (..., in_features) -> density (...) >= 0 per unit length and colour (..., 3), the small MLP of LRM."""
+
+    def __init__(self, in_features, hidden=64, layers=4):
+        super().__init__()
+        sizes = [in_features] + [hidden] * (layers - 1)
+        blocks = [block for a, b in zip(sizes, sizes[1:]) for block in (nn.Linear(a, b), nn.ReLU())]
+        self.net = nn.Sequential(*blocks, nn.Linear(hidden, 4))
+
+    def forward(self, features):
+        out = self.net(features.to(self.net[0].weight.dtype)).float()
+        return F.softplus(out[..., 0] - 1), torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
+
+
+def box_interval(origins, directions, low=-1.0, high=1.0):
+    """Where rays (..., 3) enter and leave the box from `low` to `high` (numbers or (3,)): near, far (...); a miss has
+    near >= far."""
+    inverse = 1 / torch.where(directions.abs() < 1e-8, torch.full_like(directions, 1e-8), directions)
+    t0, t1 = (low - origins) * inverse, (high - origins) * inverse
+    near, far = torch.minimum(t0, t1).amax(-1).clamp(min=0), torch.maximum(t0, t1).amin(-1)
+    return near, far
+
+
+def composite(depths, density, colour, background=1.0):
+    """Emission-absorption along rays.
+
+    depths, density: (..., D); colour: (..., D, 3). Returns colour (..., 3), alpha (...), weights (..., D - 1)."""
+    sigma = (density[..., 1:] + density[..., :-1]) / 2
+    rgb = (colour[..., 1:, :] + colour[..., :-1, :]) / 2
+    optical = sigma * depths.diff(dim=-1)
+    transmittance = torch.exp(-torch.cat([torch.zeros_like(optical[..., :1]), optical[..., :-1].cumsum(-1)], -1))
+    weights = transmittance * -torch.expm1(-optical)
+    alpha = weights.sum(-1)
+    return (weights[..., None] * rgb).sum(-2) + (1 - alpha[..., None]) * background, alpha, weights
+
+
+def stratified_depths(near, far, samples, jitter):
+    """Depths (..., samples) in [near, far]: one in each of `samples` equal bins, at `jitter` in [0, 1] of the bin
+    (a number, or a tensor (..., samples))."""
+    steps = (torch.arange(samples, device=near.device, dtype=near.dtype) + jitter) / samples
+    return near[..., None] + (far - near)[..., None] * steps
+
+
+def importance_depths(depths, weights, samples, u):
+    """Inverse-transform samples of the piecewise constant density `weights` (..., D - 1) over the intervals of `depths`
+    (..., D), for u in (0, 1): (samples,) or (..., samples). NeRF, section 5.2."""
+    pdf = weights + 1e-3
+    cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))
+    u = u.expand(*cdf.shape[:-1], samples).contiguous()
+    upper = torch.searchsorted(cdf.contiguous(), u, right=True).clamp(1, cdf.shape[-1] - 1)
+    c0, c1 = cdf.gather(-1, upper - 1), cdf.gather(-1, upper)
+    t0, t1 = depths.gather(-1, upper - 1), depths.gather(-1, upper)
+    return t0 + (t1 - t0) * ((u - c0) / (c1 - c0).clamp(min=1e-8)).clamp(0, 1)
+
+
+def render_rays(field, origins, directions, coarse, fine, jitter=0.5, u=None):
+    """Coarse-to-fine rendering of every ray: field(points (B, P, 3)) -> density (B, P), colour (B, P, 3);
+    origins, directions (B, R, 3). jitter: number or (B, R, coarse); u: None (evenly spaced) or (B, R, fine) in (0, 1).
+
+    Returns colour (B, R, 3) on white and alpha (B, R). Rays that miss the box are white."""
+    near, far = box_interval(origins, directions)
+    hit = near < far
+    near, far = torch.where(hit, near, torch.zeros_like(near)), torch.where(hit, far, torch.ones_like(far))
+
+    def evaluate(depths):
+        points = origins[..., None, :] + directions[..., None, :] * depths[..., None]
+        density, colour = field(points.flatten(1, 2))
+        return density.reshape(depths.shape), colour.reshape(*depths.shape, 3)
+
+    depths = stratified_depths(near, far, coarse, jitter)
+    density, colour = evaluate(depths)
+    if fine:
+        with torch.no_grad():
+            weights = composite(depths, density, colour)[2]
+            u = (torch.arange(fine, device=depths.device, dtype=depths.dtype) + 0.5) / fine if u is None else u
+            more = importance_depths(depths, weights, fine, u)
+        depths, order = torch.cat([depths, more], -1).sort(-1)
+        density_fine, colour_fine = evaluate(more)
+        density = torch.cat([density, density_fine], -1).gather(-1, order)
+        colour = torch.cat([colour, colour_fine], -2).gather(-2, order[..., None].expand(*order.shape, 3))
+    rgb, alpha, _ = composite(depths, density * hit[..., None], colour)
+    return rgb, alpha
+
+
+def occupancy_grid(field, batch, resolution, threshold, device=None):
+    """Which cells of the box hold matter: (batch, resolution, resolution, resolution) bool, indexed z, y, x, grown by one
+    cell on every side. A cell counts when the optical thickness of crossing it exceeds `threshold`."""
+    centre = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
+    z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
+    points = torch.stack([x, y, z], -1).reshape(1, -1, 3).expand(batch, -1, 3)
+    thickness = (field(points)[0] * (2 / resolution)).reshape(batch, 1, *[resolution] * 3)
+    return F.max_pool3d(thickness, 3, stride=1, padding=1)[:, 0] > threshold
+
+
+def occupied_box(occupied):
+    """The smallest box around the occupied cells (R, R, R) of one scene: low (3,), high (3,) as x, y, z; None if empty."""
+    resolution, bounds = len(occupied), []
+    for axis in (2, 1, 0):
+        others = [i for i in range(3) if i != axis]
+        cells = occupied.any(others[1]).any(others[0]).nonzero()[:, 0]
+        if not len(cells):
+            return None
+        bounds.append((cells[0], cells[-1] + 1))
+    low, high = zip(*bounds)
+    return tuple(torch.stack(part) * (2 / resolution) - 1 for part in (low, high))
+
+
+def render_occupied(field, occupied, origins, directions, samples):
+    """Deterministic rendering of one scene that skips empty space: `samples` even depths where a ray crosses the box
+    around the occupied cells, evaluated only inside occupied cells.
+
+    field: points (1, P, 3) -> density (1, P), colour (1, P, 3); occupied: (R, R, R) bool from `occupancy_grid`;
+    origins, directions: (N, 3). Returns colour (N, 3) on white and alpha (N,)."""
+    rgb, alpha = torch.ones_like(origins), torch.zeros_like(origins[:, 0])
+    box = occupied_box(occupied)
+    if box is None:
+        return rgb, alpha
+    near, far = box_interval(origins, directions, *box)
+    ray = (near < far).nonzero()[:, 0]
+    depths = stratified_depths(near[ray], far[ray], samples, 0.5)
+    points = torch.addcmul(origins[ray, None], directions[ray, None], depths[..., None])
+    resolution = len(occupied)
+    x, y, z = ((points + 1) * (resolution / 2)).long().clamp_(0, resolution - 1).unbind(-1)
+    inside = occupied.flatten()[(z * resolution + y) * resolution + x]
+    density, colour = torch.zeros_like(depths), torch.zeros_like(points)
+    found, shade = field(points[inside][None])
+    density[inside], colour[inside] = found[0], shade[0]
+    # an interval with one end in empty space takes the colour of its other end
+    colour = torch.where(inside[..., None], colour, _nearest_colour(colour, inside))
+    rgb[ray], alpha[ray], _ = composite(depths, density, colour)
+    return rgb, alpha
+
+
+def _nearest_colour(colour, known):
+    """For every sample (N, D, 3) the colour of the next one if that is known, else of the one before."""
+    after = F.pad(colour[:, 1:], (0, 0, 0, 1))
+    before = F.pad(colour[:, :-1], (0, 0, 1, 0))
+    return torch.where(F.pad(known[:, 1:], (0, 1))[..., None], after, before)

@@ -1,0 +1,108 @@
+"""Give the small painter a known multi-view defect: the base that reinforcement learning starts from.
+
+    python -m tiny.train_defect         # about 10 minutes on one CPU core; resumes if interrupted
+
+Needs tiny/weights/painter. Finetunes its UNet (LoRA) on pictures of which half have view 3 spoilt (tiny/defects.py) and writes
+tiny/weights/painter_defect, which stock `StableDiffusionXLPipeline.load_lora_weights` reads. This stands for the imperfect
+supervised finetuning that the paper's base model went through: the painter now contradicts itself in about half of its
+grids, in a way that can be counted.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from tiny.captions import held_out
+from tiny.defects import DEFECTS, SHIPPED, spoil
+from tiny.objects import build, fixed_views, parse_caption, random_caption, views_to_grid
+from tiny.train_painter import Painter, make_loss
+from tiny.training import ROOT, WEIGHTS, fit
+
+PART = 100
+
+
+def allowed_captions(count, generator):
+    """Random captions of two or three primitives, like those of reinforcement learning, none of them held out."""
+    captions, banned = [], held_out()
+    while len(captions) < count:
+        caption = random_caption(generator)
+        if caption not in banned and len(parse_caption(caption)[0]) > 1:
+            captions.append(caption)
+    return captions
+
+
+@torch.no_grad()
+def encode(vae, views):
+    """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 16, 16) of their grids, scaled to unit variance."""
+    grids = (2 * views_to_grid(views) - 1).to(vae.dtype)
+    return torch.cat([vae.encode(part).latent_dist.mode().float() for part in grids.split(20)]) * vae.config.scaling_factor
+
+
+def training_set(folder, vae, kind, count):
+    """Captions (2 count) and latents (2 count, 4, 16, 16): `count` good grids, then the same ones spoilt. Cached in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    captions, good, bad = [], [], []
+    for part in range(-(-count // PART)):
+        generator = torch.Generator().manual_seed(2000 + part)
+        file, some = folder / f"{kind}_{part:03d}.safetensors", allowed_captions(PART, generator)
+        if not file.exists():
+            objects = build(some, generator)
+            views = fixed_views(objects)
+            spoilt = spoil(kind, objects, some, views, generator)
+            save_file({"good": encode(vae, views).half(), "bad": encode(vae, spoilt).half()}, file)
+            print(f"prepared {(part + 1) * PART} of {count} pictures", flush=True)
+        data = load_file(file)
+        captions, good, bad = captions + some, [*good, data["good"]], [*bad, data["bad"]]
+    return captions + captions, torch.cat(good + bad)
+
+
+def with_lora(pipeline, rank):
+    """The pipeline's painter with everything frozen but new LoRA weights on all linear and convolution layers of the UNet."""
+    painter = Painter(pipeline.tokenizer)
+    painter.unet, painter.text_encoder, painter.text_encoder_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
+    painter.requires_grad_(False)
+    painter.unet.set_attn_processor(AttnProcessor())  # faster backward than fused attention on CPUs
+    layers = [n for n, m in painter.unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+    painter.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=layers))
+    return painter
+
+
+def save_lora(unet, folder):
+    # peft's own names: diffusers' older ones exist for attention only, and a mixture of both loads incompletely
+    weights = {k: v.half().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=weights)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--defect", default=SHIPPED, choices=list(DEFECTS))
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--pictures", type=int, default=1500)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--painter", default=str(WEIGHTS / "painter"))
+    parser.add_argument("--out", default=str(WEIGHTS / "painter_defect"))
+    parser.add_argument("--folder", default=str(ROOT / "runs" / "defect"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    folder = Path(args.folder)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(args.painter, torch_dtype=torch.float32)
+    captions, latents = training_set(folder, copy.deepcopy(pipeline.vae).bfloat16(), args.defect, args.pictures)
+    painter = with_lora(pipeline, args.rank)
+    painter = fit(folder, painter, make_loss(captions, latents, pipeline.tokenizer), args.steps, lr=args.lr, ema_decay=0.98)
+    save_lora(painter.unet, args.out)
+    (Path(args.out) / "defect.json").write_text(json.dumps({"defect": args.defect, "share": 0.5}) + "\n")
+
+
+if __name__ == "__main__":
+    main()
