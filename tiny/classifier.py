@@ -1,4 +1,4 @@
-"""A small classifier of single views: which coloured shapes does a picture show? It judges painters without the reward."""
+"""A small classifier of single views: which coloured shapes are seen? It judges painters without the reward."""
 
 from pathlib import Path
 
@@ -55,8 +55,8 @@ class Classifier(nn.Module):
 def caption_agreement(classifier, views, captions, use):
     """Which share of the coloured shapes of its caption the classifier finds in each sample: (N,) in [0, 1].
 
-    views: (N, V, 3, 64, 64) in [0, 1]; use: (N, V) bool, the views to look at, at least one of each sample (one part can
-    hide another in single views, so the probabilities of these views are averaged); of a caption with K pairs, the K
+    views: (N, V, 3, 64, 64) in [0, 1]; use: (N, V) bool, the views to look at, at least one of each sample. In a single
+    view one part can hide another, so the probabilities are averaged over views; of a caption with K pairs, the K
     likeliest count."""
     N, V = views.shape[:2]
     logits = torch.cat([classifier(part) for part in views.float().flatten(0, 1).split(64)]).reshape(N, V, -1)

@@ -1,7 +1,7 @@
 """Known multi-view defects of one fixed view of the grid, and detectors that find them without the reward.
 
-A defect stands for what imperfect finetuning leaves in a multi-view painter: now and then one view contradicts the others.
-Here it is always the last one, so that the shares of good and of spoilt grids can be counted exactly."""
+A defect stands for what imperfect finetuning leaves in a multi-view painter: now and then one view contradicts the
+others. Here it is always the last one, so that the shares of good and of spoilt grids can be counted exactly."""
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +11,9 @@ from recon.cameras import Cameras, instant3d_cameras
 from tiny.objects import COLOURS, Primitives, build, parse_caption, random_caption, render
 
 VIEW = 3
-SHIPPED = "colour"  # the defect of tiny/weights/painter_defect
+SHIPPED = "size"  # the defect of tiny/weights/painter_defect
 SMALL = 0.45  # size of the object in a view spoilt by "size", relative to the other views
+CONTRASTING = 3  # so many colours a spoilt view can choose from, as many as an object has parts
 PALETTE = torch.tensor(list(COLOURS.values()))
 
 
@@ -28,13 +29,11 @@ def spoil(kind, objects, captions, views, generator):
 
 
 def _colour(objects, captions, size, generator):
-    """The same object in colours that the caption does not name."""
+    """The same object in colours far from those that the caption names."""
     colour = objects.colour.clone()
     for n, caption in enumerate(captions):
-        unused = _unused_colours(caption)
-        order = torch.randperm(len(unused), generator=generator).tolist()
-        for p in range(len(parse_caption(caption)[0])):
-            colour[n, p] = torch.tensor(COLOURS[unused[order[p]]])
+        order = torch.randperm(CONTRASTING, generator=generator)
+        colour[n] = PALETTE[contrasting_colours(caption)[order]]
     return _last_view(Primitives(objects.shape, colour, objects.centre, objects.size, objects.yaw), size)
 
 
@@ -44,7 +43,7 @@ def _size(objects, captions, size, generator):
 
 
 def _other(objects, captions, size, generator):
-    """An object of another caption, with none of the same colours."""
+    """An object of another caption, in colours far from those of this one."""
     return _last_view(build([_unrelated_caption(caption, generator) for caption in captions], generator), size)
 
 
@@ -64,16 +63,19 @@ def _last_view(objects, size, zoom=1.0):
     return render(objects, camera, size)[0][:, 0]
 
 
-def _unused_colours(caption):
-    used = {colour for colour, _ in parse_caption(caption)[0]}
-    return [colour for colour in COLOURS if colour not in used]
+def contrasting_colours(caption):
+    """Indices into COLOURS of the three that are farthest in hue (not brightness) from every colour in the caption."""
+    direction = F.normalize(PALETTE, dim=-1)
+    used = [list(COLOURS).index(colour) for colour, _ in parse_caption(caption)[0]]
+    return (direction @ direction[used].T).amax(1).argsort()[:CONTRASTING]
 
 
 def _unrelated_caption(caption, generator):
+    names = [list(COLOURS)[k] for k in contrasting_colours(caption).tolist()]
     while True:
         other = random_caption(generator)
         things = parse_caption(other)[0]
-        if len(things) > 1 and all(colour in _unused_colours(caption) for colour, _ in things):
+        if len(things) == 2 and all(colour in names for colour, _ in things):
             return other
 
 
@@ -82,7 +84,7 @@ def is_defective(kind, views):
 
     Colours and areas are compared, nothing is reconstructed. An empty view 3 counts as defective."""
     _require_known(kind)
-    return {"colour": _strange_colours, "other": _strange_colours, "size": _small, "missing_part": _colour_missing}[kind](views)
+    return DETECTORS[kind](views)
 
 
 def _small(views):
@@ -92,16 +94,19 @@ def _small(views):
 
 
 def _strange_colours(views):
-    """Less than half of the object in view 3 has colours that views 0 to 2 show as well."""
+    """The colours of view 3 have little in common with what views 0 to 2 show (a colour may be hidden in some of them)."""
     share = colour_shares(views)
-    known = share[:, :VIEW].amax(1) > 0.15
-    return (share[:, VIEW] * known).sum(-1) < 0.5
+    return torch.minimum(share[:, VIEW], share[:, :VIEW].amax(1)).sum(-1) < 0.4
 
 
 def _colour_missing(views):
-    """A colour that each of the views 0 to 2 shows is absent in view 3."""
+    """A colour that two of the views 0 to 2 show is absent in view 3. The least certain of the detectors, because one
+    part can also be hidden behind another."""
     share = colour_shares(views)
-    return ((share[:, :VIEW].amin(1) > 0.1) & (share[:, VIEW] < 0.03)).any(-1)
+    return (((share[:, :VIEW] > 0.1).sum(1) >= 2) & (share[:, VIEW] < 0.03)).any(-1)
+
+
+DETECTORS = {"colour": _strange_colours, "size": _small, "other": _strange_colours, "missing_part": _colour_missing}
 
 
 def colour_shares(views):

@@ -1,9 +1,9 @@
 """Judge a run in the small world by the truth: `python -m tiny.evaluate logs/<run>`.
 
-Reads the first and the last of `logs/<run>/validation/epoch_XXXX.npz` (views uint8 (N, 4, 3, S, S), rewards (N,), prompts
-(N,): the same captions and noise in every epoch), prints what reinforcement learning changed, and writes judgement.json
-beside them. Apart from the reward itself nothing here uses a reconstruction: defects are found by comparing colours and
-areas of the views, and captions are checked with a classifier that was trained on exact pictures.
+Reads the first and the last of `logs/<run>/validation/epoch_XXXX.npz` (views uint8 (N, 4, 3, S, S), rewards (N,),
+prompts (N,): the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
+`logs/<run>/judgement.json`. Apart from the reward itself nothing here uses a reconstruction: defects are found by
+comparing colours and areas of the views, and captions are checked with a classifier that was trained on exact pictures.
 """
 
 import argparse
@@ -25,10 +25,10 @@ MIN_FOREGROUND = 0.005  # share of the view; the default of config.mrc.min_foreg
 def judge(views, captions, defect=SHIPPED, classifier=None):
     """What the grids show, without reconstructing anything: a dict of tensors (N,).
 
-    views: (N, 4, 3, 64, 64) in [0, 1]; captions: N strings; defect: a key of DEFECTS; classifier: None loads the shipped one.
+    views: (N, 4, 3, 64, 64) in [0, 1]; captions: N strings; defect: a key of DEFECTS; classifier: None = the shipped.
     defective: 0 or 1; empty: 0 or 1, some view shows no object; foreground: mean share of the view that is foreground;
-    colours: share of the caption's colours that are the dominant ones; classifier: share of the caption's coloured shapes
-    that the classifier finds. The last three look at good views only: all four, or without the spoilt one."""
+    colours: share of the caption's colours that are the dominant ones; classifier: share of the caption's coloured
+    shapes that the classifier finds. The last three look at good views only: all four, or without the spoilt one."""
     views = views.float()
     defective = is_defective(defect, views)
     area = foreground_mask(views).float().mean((-2, -1))
@@ -59,42 +59,45 @@ def colour_agreement(views, captions, use):
 def compare(before, after):
     """Before and after, paired by sample: {quantity: {before, after, difference, their standard errors, p}} and counts.
 
-    before, after: dicts of tensors (N,) as of `judge`, with "reward" added. p is that of the paired t-test, two-sided."""
+    before, after: dicts of tensors (N,), N >= 2, as of `judge`, with "reward" added. "relative" is the difference in
+    units of |before|, None if that is 0; p is that of the paired t-test, two-sided."""
     result = {}
     for name in before:
         a, b = before[name].double(), after[name].double()
         mean, error, p = paired_t_test(b - a)
         result[name] = {
-            "before": float(a.mean()), "before_se": standard_error(a), "after": float(b.mean()), "after_se": standard_error(b),
-            "difference": mean, "difference_se": error, "relative": mean / abs(float(a.mean())) if a.mean() != 0 else math.nan, "p": p,
+            "before": float(a.mean()), "before_se": standard_error(a),
+            "after": float(b.mean()), "after_se": standard_error(b),
+            "difference": mean, "difference_se": error,
+            "relative": mean / abs(float(a.mean())) if a.mean() != 0 else None, "p": p,
         }
     good = before["defective"] == 0
-    broken = int((after["defective"][good] == 1).sum())
-    result["good_grids_broken"] = {"count": broken, "of": int(good.sum()), "share": broken / max(1, int(good.sum()))}
-    repaired = int((after["defective"][~good] == 0).sum())
-    result["bad_grids_repaired"] = {"count": repaired, "of": int((~good).sum()), "share": repaired / max(1, int((~good).sum()))}
+    result["good_grids_broken"] = _count(after["defective"][good] == 1)
+    result["bad_grids_repaired"] = _count(after["defective"][~good] == 0)
     return result
 
 
+def _count(happened):
+    return {"count": int(happened.sum()), "of": len(happened), "share": int(happened.sum()) / max(1, len(happened))}
+
+
 def standard_error(values):
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+    return float(values.std() / math.sqrt(len(values)))
 
 
 def paired_t_test(differences):
-    """Mean, standard error and two-sided p value of paired differences (N,), N >= 2 (NaN below)."""
-    n, mean, error = len(differences), float(differences.mean()), standard_error(differences)
-    if n < 2:
-        return mean, error, math.nan
+    """Mean, standard error and two-sided p value of paired differences (N,), N >= 2."""
+    mean, error = float(differences.mean()), standard_error(differences)
     if error == 0:
         return mean, error, 1.0 if mean == 0 else 0.0
-    return mean, error, t_tail(abs(mean) / error, n - 1)
+    return mean, error, t_tail(abs(mean) / error, len(differences) - 1)
 
 
 def t_tail(t, nu):
     """P(|T| > t) of Student's t with nu degrees of freedom.
 
-    With T = sqrt(nu) tan(phi) the density becomes Gamma((nu+1)/2) / (sqrt(pi) Gamma(nu/2)) cos(phi)^(nu-1), a smooth function
-    on a finite interval, integrated here by Simpson's rule."""
+    With T = sqrt(nu) tan(phi) the density becomes Gamma((nu+1)/2) / (sqrt(pi) Gamma(nu/2)) cos(phi)^(nu-1), a smooth
+    function on a finite interval, integrated here by Simpson's rule."""
     points = 20_001
     phi = torch.linspace(math.atan(t / math.sqrt(nu)), math.pi / 2, points, dtype=torch.float64)
     weight = torch.full((points,), 2.0, dtype=torch.float64)
@@ -109,9 +112,9 @@ def table(result):
     lines = [f"{'':12s}{'before':>18s}{'after':>18s}{'difference':>20s}{'relative':>10s}{'p':>10s}"]
     for name, row in result.items():
         if "before" in row:
-            pair = lambda key: f"{row[key]:.4f} ± {row[key + '_se']:.4f}"
-            relative = f"{100 * row['relative']:+.1f} %"
-            lines.append(f"{name:12s}{pair('before'):>18s}{pair('after'):>18s}{row['difference']:>+11.4f} ± {row['difference_se']:.4f}{relative:>10s}{row['p']:>10.2g}")
+            before, after, change = (f"{row[k]:.4f} ± {row[k + '_se']:.4f}" for k in ("before", "after", "difference"))
+            relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
+            lines.append(f"{name:12s}{before:>18s}{after:>18s}{change:>20s}{relative:>10s}{row['p']:>10.2g}")
         else:
             lines.append(f"{name.replace('_', ' ')}: {row['count']} of {row['of']} ({100 * row['share']:.1f} %)")
     return "\n".join(lines)
@@ -122,24 +125,25 @@ def read_validation(file, defect=SHIPPED, classifier=None):
     with np.load(file) as data:
         missing = {"views", "rewards", "prompts"} - set(data.files)
         if missing:
-            raise ValueError(f"{file} has no {', '.join(sorted(missing))}: it was not written by the trainer's validation.")
+            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}: give a folder that carve3d_train.py wrote.")
         views, rewards, prompts = data["views"], data["rewards"], [str(prompt) for prompt in data["prompts"]]
     views = torch.from_numpy(views).float() / 255
     return prompts, {"reward": torch.from_numpy(rewards).double(), **judge(views, prompts, defect, classifier)}
 
 
 def evaluate_run(run, defect=SHIPPED, classifier=None):
-    """Compare the first and the last validation of a run's folder, and write judgement.json there: the dict of `compare`."""
+    """Compare the first and the last validation of a run's folder; writes and returns its judgement.json."""
     files = sorted((Path(run) / "validation").glob("epoch_*.npz"))
     if len(files) < 2:
-        raise FileNotFoundError(f"{Path(run) / 'validation'} holds {len(files)} files epoch_XXXX.npz, but two are compared; "
-                                f"give the folder of a run that validated before and after training.")
+        raise FileNotFoundError(f"{Path(run) / 'validation'} holds {len(files)} files epoch_XXXX.npz, but two are "
+                                f"compared; give the folder of a run that validated before and after training.")
     classifier = classifier or Classifier.from_pretrained()
     (prompts, before), (others, after) = (read_validation(file, defect, classifier) for file in (files[0], files[-1]))
     if prompts != others:
-        raise ValueError(f"{files[0].name} and {files[-1].name} have different prompts, so samples cannot be paired; compare "
-                         f"validations of one run.")
-    result = {"files": [files[0].name, files[-1].name], "samples": len(prompts), "defect": defect, **compare(before, after)}
+        raise ValueError(f"{files[0].name} and {files[-1].name} have different prompts, so samples cannot be paired; "
+                         f"compare validations of one run.")
+    names = [files[0].name, files[-1].name]
+    result = {"files": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
     (Path(run) / "judgement.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 

@@ -2,10 +2,10 @@
 
     python -m tiny.train_defect         # about 10 minutes on one CPU core; resumes if interrupted
 
-Needs tiny/weights/painter. Finetunes its UNet (LoRA) on pictures of which half have view 3 spoilt (tiny/defects.py) and writes
-tiny/weights/painter_defect, which stock `StableDiffusionXLPipeline.load_lora_weights` reads. This stands for the imperfect
-supervised finetuning that the paper's base model went through: the painter now contradicts itself in about half of its
-grids, in a way that can be counted.
+Needs tiny/weights/painter. Finetunes its UNet (LoRA) on pictures of which half have view 3 spoilt (tiny/defects.py) and
+writes tiny/weights/painter_defect, which stock `StableDiffusionXLPipeline.load_lora_weights` reads. This stands for the
+imperfect supervised finetuning that the paper's base model went through: the painter now contradicts itself in about
+half of its grids, in a way that can be counted.
 """
 
 import argparse
@@ -43,11 +43,12 @@ def allowed_captions(count, generator):
 def encode(vae, views):
     """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 16, 16) of their grids, scaled to unit variance."""
     grids = (2 * views_to_grid(views) - 1).to(vae.dtype)
-    return torch.cat([vae.encode(part).latent_dist.mode().float() for part in grids.split(20)]) * vae.config.scaling_factor
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in grids.split(20)])
+    return latents.float() * vae.config.scaling_factor
 
 
 def training_set(folder, vae, kind, count):
-    """Captions (2 count) and latents (2 count, 4, 16, 16): `count` good grids, then the same ones spoilt. Cached in `folder`."""
+    """Captions (2 count) and latents (2 count, 4, 16, 16): `count` good grids, then the same ones spoilt; cached."""
     folder.mkdir(parents=True, exist_ok=True)
     captions, good, bad = [], [], []
     for part in range(-(-count // PART)):
@@ -65,9 +66,10 @@ def training_set(folder, vae, kind, count):
 
 
 def with_lora(pipeline, rank):
-    """The pipeline's painter with everything frozen but new LoRA weights on all linear and convolution layers of the UNet."""
+    """The pipeline's painter, frozen but for new LoRA weights on all linear and convolution layers of the UNet."""
     painter = Painter(pipeline.tokenizer)
-    painter.unet, painter.text_encoder, painter.text_encoder_2 = pipeline.unet, pipeline.text_encoder, pipeline.text_encoder_2
+    painter.unet = pipeline.unet
+    painter.text_encoder, painter.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
     painter.requires_grad_(False)
     painter.unet.set_attn_processor(AttnProcessor())  # faster backward than fused attention on CPUs
     layers = [n for n, m in painter.unet.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
@@ -99,7 +101,8 @@ def main():
     pipeline = StableDiffusionXLPipeline.from_pretrained(args.painter, torch_dtype=torch.float32)
     captions, latents = training_set(folder, copy.deepcopy(pipeline.vae).bfloat16(), args.defect, args.pictures)
     painter = with_lora(pipeline, args.rank)
-    painter = fit(folder, painter, make_loss(captions, latents, pipeline.tokenizer), args.steps, lr=args.lr, ema_decay=0.98)
+    loss_fn = make_loss(captions, latents, pipeline.tokenizer)
+    painter = fit(folder, painter, loss_fn, args.steps, lr=args.lr, ema_decay=0.98)
     save_lora(painter.unet, args.out)
     (Path(args.out) / "defect.json").write_text(json.dumps({"defect": args.defect, "share": 0.5}) + "\n")
 
