@@ -5,13 +5,15 @@ A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     optimizer.pt          the optimizer's state
     run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration
     manifest.json         size and SHA-256 of the other files
-It is written under a temporary name and renamed when complete. Random numbers need no place in it: every stream is made
-anew from the run's seed and the epoch (ddpo/sampling.py).
+It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder of
+that name is whole. Random numbers need no place in it: every stream is made anew from the run's seed and the epoch
+(ddpo/sampling.py).
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -19,6 +21,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 PREFIX = "checkpoint_"
+PARTIAL = "partial_"
+FILES = {"weights.safetensors", "optimizer.pt", "run.json"}
 
 
 class DamagedCheckpoint(ValueError):
@@ -30,30 +34,29 @@ def save_checkpoint(run_folder, epochs_done, weights, optimizer_state, run_state
 
     weights: {name: tensor}; optimizer_state: of torch; run_state: what JSON can hold."""
     run_folder = Path(run_folder)
-    folder = run_folder / f"{PREFIX}{epochs_done:04d}"
-    partial = run_folder / f"partial_{folder.name}"
-    for leftover in run_folder.glob(f"partial_{PREFIX}*"):
+    for leftover in run_folder.glob(f"{PARTIAL}{PREFIX}*"):
         shutil.rmtree(leftover)
+    folder = run_folder / f"{PREFIX}{epochs_done:04d}"
+    partial = run_folder / f"{PARTIAL}{folder.name}"
     partial.mkdir(parents=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, partial / "weights.safetensors")
+    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    save_file(weights, partial / "weights.safetensors")
     torch.save(optimizer_state, partial / "optimizer.pt")
     (partial / "run.json").write_text(json.dumps({"epochs_done": epochs_done, **run_state}))
-    manifest = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+    manifest = {name: _fingerprint(partial / name) for name in sorted(FILES)}
     (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
     for file in partial.iterdir():
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
-    if folder.exists():  # a resumed run comes by here again; the older twin may be a damaged one
-        shutil.rmtree(folder)
     os.replace(partial, folder)
     for old in checkpoints(run_folder)[:-limit]:
-        shutil.rmtree(old)
+        _remove(old)
     return folder
 
 
 def checkpoints(run_folder):
     """The checkpoint folders of a run, oldest first."""
-    return sorted(path for path in Path(run_folder).glob(f"{PREFIX}[0-9]*") if path.is_dir())
+    return sorted((path for path in Path(run_folder).glob(f"{PREFIX}*") if _epochs(path) is not None), key=_epochs)
 
 
 def find_checkpoint(path, previous_if_damaged=False):
@@ -61,22 +64,24 @@ def find_checkpoint(path, previous_if_damaged=False):
 
     previous_if_damaged: step back to the newest sound one. Raises FileNotFoundError or DamagedCheckpoint."""
     path = Path(path)
-    single = path.name.startswith(PREFIX)
     if not path.is_dir():
-        raise FileNotFoundError(f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its checkpoint folders.")
+        raise FileNotFoundError(f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its "
+                                f"checkpoint folders.")
+    single = _epochs(path) is not None
     found = checkpoints(path.parent if single else path)
     if single:
-        found = [folder for folder in found if folder.name <= path.name]
+        found = found[: found.index(path) + 1]
     if not found:
-        raise FileNotFoundError(f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one of its checkpoint folders.")
+        raise FileNotFoundError(f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one of "
+                                f"its checkpoint folders.")
     for folder in reversed(found):
         problem = damage(folder)
         if problem is None:
             return folder
         if not previous_if_damaged:
-            raise DamagedCheckpoint(f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True to go "
-                                    f"on from the one before it, or name another one in config.resume_from.")
-    raise DamagedCheckpoint(f"every checkpoint in {found[0].parent} is damaged: start a new run.")
+            raise DamagedCheckpoint(f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True to "
+                                    f"go on from the one before it, or name another one in config.resume_from.")
+    raise DamagedCheckpoint(f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new run.")
 
 
 def damage(folder):
@@ -85,6 +90,8 @@ def damage(folder):
         manifest = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return "manifest.json is missing or unreadable"
+    if not isinstance(manifest, dict) or manifest.keys() != FILES:
+        return "manifest.json is not what was written"
     for name, expected in manifest.items():
         file = folder / name
         if not file.is_file():
@@ -102,5 +109,26 @@ def load_checkpoint(folder):
     return weights, optimizer_state, json.loads((folder / "run.json").read_text())
 
 
+def forget_later(folder):
+    """Remove the checkpoints that are newer than `folder`: the run goes on from there and their epochs are run again."""
+    for newer in checkpoints(folder.parent):
+        if _epochs(newer) > _epochs(folder):
+            _remove(newer)
+
+
+def _remove(folder):
+    partial = folder.with_name(PARTIAL + folder.name)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.replace(folder, partial)
+    shutil.rmtree(partial)
+
+
+def _epochs(path):
+    """XXXX of a folder `checkpoint_XXXX`, None for anything else."""
+    match = re.fullmatch(PREFIX + r"(\d+)", path.name)
+    return int(match[1]) if match and path.is_dir() else None
+
+
 def _fingerprint(file):
-    return {"bytes": file.stat().st_size, "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+    with open(file, "rb") as handle:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(handle, "sha256").hexdigest()}

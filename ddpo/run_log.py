@@ -1,6 +1,7 @@
 """What a run leaves to look at: metrics.jsonl, curves.png, pictures, and an external tracker if wanted."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 CURVES = {  # curves.png: title -> (kind of line, key)
@@ -20,6 +20,7 @@ CURVES = {  # curves.png: title -> (kind of line, key)
     "foreground area": ("epoch", "reward/foreground"),
     "gradient norm": ("update", "grad_norm"),
 }
+SIDE = (96, 256)  # about the smallest and the largest side in pixels of a view in a picture
 
 
 class RunLog:
@@ -34,7 +35,7 @@ class RunLog:
             (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
 
     def resume(self, epochs_done):
-        """Forget the lines of epochs that will be run again."""
+        """Forget the lines of what will be run again: the epochs from `epochs_done` on and the validation before them."""
         file = self.folder / "metrics.jsonl"
         if not self.main or not file.exists():
             return
@@ -53,10 +54,13 @@ class RunLog:
         """One line of metrics; kind is "epoch", "update" or "validation"."""
         if not self.main:
             return
+        # JSON has no infinity: a gradient that overflowed in float16 is null
+        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+                  for key, value in values.items()}
         line = {"kind": kind, "epoch": epoch, **values}
         self.lines.append(line)
         with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line, allow_nan=False) + "\n")
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=epoch)
 
@@ -72,13 +76,13 @@ class RunLog:
             elif tracker.name == "tensorboard":
                 tracker.writer.add_histogram(name, np.asarray(values), epoch)
 
-    def picture(self, name, picture, epoch):
-        """Save a PIL picture as samples/<name>.png and show it in the tracker."""
-        file = self.folder / "samples" / f"{name}.png"
+    def picture(self, kind, epoch, picture):
+        """Save a PIL picture as samples/<kind>_<epoch>.png and show it in the tracker."""
+        file = self.folder / "samples" / f"{kind}_{epoch:04d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
         for tracker in self.accelerator.trackers:
-            tracker.log_images({name.rsplit("_", 1)[0]: np.asarray(picture)[None]}, step=epoch)
+            tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch)
 
     def curves(self):
         """Draw curves.png from all lines so far."""
@@ -86,18 +90,17 @@ class RunLog:
             return
         figure, axes = plt.subplots(2, 3, figsize=(13, 6), constrained_layout=True)
         for axis, (title, (kind, key)) in zip(axes.flat, CURVES.items()):
-            points = [(line["epoch"], line[key]) for line in self.lines if line["kind"] == kind and line.get(key) is not None]
+            lines = [line for line in self.lines if line["kind"] == kind and line.get(key) is not None]
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("epoch")
             axis.grid(alpha=0.3)
-            if not points:
+            if not lines:
                 axis.text(0.5, 0.5, "nothing yet", ha="center", transform=axis.transAxes, color="gray")
                 continue
-            x, y = zip(*points)
+            x, y = [line["epoch"] for line in lines], [line[key] for line in lines]
             axis.plot(x, y, marker="o", markersize=3)
-            errors = [line.get("reward_standard_error") for line in self.lines if line["kind"] == kind]
-            if kind == "validation" and all(errors):
-                axis.errorbar(x, y, yerr=errors, fmt="none", capsize=3)
+            if kind == "validation":
+                axis.errorbar(x, y, yerr=[line["reward_standard_error"] for line in lines], fmt="none", capsize=3)
         figure.savefig(self.folder / "curves.tmp.png", dpi=100)
         plt.close(figure)
         os.replace(self.folder / "curves.tmp.png", self.folder / "curves.png")
@@ -107,10 +110,10 @@ def sample_picture(views, renders, rewards, captions, columns=4):
     """Painted views over re-rendered views, object by object, with reward and caption: a PIL image.
 
     views, renders: (N, V, 3, S, S) in [0, 1], renders may be None; rewards: N numbers; captions: N strings."""
-    rows = [views] if renders is None else [views, _resized(renders, views.shape[-1])]
+    rows = [views] if renders is None else [views, renders]
     S, V = views.shape[-1], views.shape[1]
-    scale = max(1, round(96 / S))
-    width, height, text = V * S * scale, len(rows) * S * scale, 26
+    side = min(S * max(1, round(SIDE[0] / S)), SIDE[1])
+    width, height, text = V * side, len(rows) * side, 26
     columns = min(columns, len(views))
     canvas = Image.new("RGB", (columns * (width + 8), -(-len(views) // columns) * (height + text + 8)), "white")
     draw = ImageDraw.Draw(canvas)
@@ -119,14 +122,14 @@ def sample_picture(views, renders, rewards, captions, columns=4):
         draw.text((x + 2, y), captions[n][: width // 6], fill="black")
         draw.text((x + 2, y + 12), f"reward {float(rewards[n]):.3f}", fill="black")
         for r, row in enumerate(rows):
-            strip = row[n].permute(2, 0, 3, 1).reshape(S, V * S, 3)
-            tile = Image.fromarray((strip.float().clamp(0, 1) * 255).round().byte().cpu().numpy())
-            canvas.paste(tile.resize((width, S * scale), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC), (x, y + text + r * S * scale))
+            canvas.paste(_strip(row[n], side), (x, y + text + r * side))
         draw.rectangle([x - 1, y + text - 1, x + width, y + text + height], outline="lightgray")
     return canvas
 
 
-def _resized(renders, size):
-    if renders.shape[-1] == size:
-        return renders
-    return F.interpolate(renders.flatten(0, 1), (size, size), mode="area").unflatten(0, renders.shape[:2])
+def _strip(views, side):
+    """Views (V, 3, S, S) in [0, 1] side by side, each `side` pixels wide: a PIL image."""
+    V, _, S, _ = views.shape
+    pixels = (views.permute(2, 0, 3, 1).reshape(S, V * S, 3).float().clamp(0, 1) * 255).round().byte()
+    sharp = Image.Resampling.NEAREST if side >= S else Image.Resampling.BOX
+    return Image.fromarray(pixels.cpu().numpy()).resize((V * side, side), sharp)

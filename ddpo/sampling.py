@@ -9,8 +9,8 @@ from tqdm import tqdm
 
 from diffusers_patch.rollout import Trajectory, rollout
 
-# What random numbers are for. Every use has a stream of its own, made from the run's seed, so that a resumed run needs no
-# saved state and a sample does not depend on how many processes paint.
+# What random numbers are for. Every use has a stream of its own, made from the run's seed, so that a resumed run needs
+# no saved state and a sample does not depend on how many processes paint.
 PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION = range(5)
 
 
@@ -31,17 +31,28 @@ class Samples:
     renders: torch.Tensor | None  # (N, V, 3, S, S)
     seconds: dict  # of "sampling" and "reward"
 
+    def rows(self, kl_estimator):
+        """One dict of numpy values per sample: reward, foreground, empty, views and renders as bytes, kl if known."""
+        to_bytes = lambda images: (images * 255).round().byte()
+        kl = self.trajectory.kl(kl_estimator)
+        columns = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty,
+                   "views": to_bytes(self.trajectory.views),
+                   **({} if self.renders is None else {"renders": to_bytes(self.renders)}),
+                   **({} if kl is None else {"kl": kl})}
+        columns = {name: values.cpu().numpy() for name, values in columns.items()}
+        return [{name: values[i] for name, values in columns.items()} for i in range(len(self.reward))]
+
 
 def paint(policy, reward, prompts, generators, config, reference, progress=False):
-    """Paint and judge `prompts` (N), `config.sample.batch_size` at a time; generators: one per sample. Returns Samples."""
+    """Paint and judge N `prompts`, `config.sample.batch_size` at a time; generators: N, one per sample. Returns Samples."""
     batches, verdicts, seconds = [], [], {"sampling": 0.0, "reward": 0.0}
     size, suffix = config.sample.batch_size, config.sample.prompt_suffix
     for first in tqdm(range(0, len(prompts), size), desc="sampling", leave=False, disable=not progress):
         part = slice(first, first + size)
         start = time.perf_counter()
         batches.append(rollout(
-            policy, [prompt + suffix for prompt in prompts[part]], config.sample.num_steps, config.sample.guidance_scale,
-            config.sample.eta, generators[part], reference=reference))
+            policy, [prompt + suffix for prompt in prompts[part]], config.sample.num_steps,
+            config.sample.guidance_scale, config.sample.eta, generators[part], reference=reference))
         middle = time.perf_counter()
         verdicts.append(reward(batches[-1].views, prompts[part]))
         seconds["sampling"] += middle - start
@@ -49,7 +60,8 @@ def paint(policy, reward, prompts, generators, config, reference, progress=False
     joined = lambda name: torch.cat([getattr(verdict, name) for verdict in verdicts])
     return Samples(
         trajectory=concatenate(batches), reward=joined("reward").float(), foreground=joined("foreground").mean(1),
-        empty=joined("empty").any(1), renders=None if verdicts[0].renders is None else joined("renders"), seconds=seconds)
+        empty=joined("empty").any(1), renders=None if verdicts[0].renders is None else joined("renders"),
+        seconds=seconds)
 
 
 def concatenate(trajectories):

@@ -1,9 +1,14 @@
 """From a configuration to the things a run needs: the painter, the reward, the optimizer."""
 
+import netrc
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
 from diffusers_patch.ddim_with_logprob import check_scheduler
@@ -17,14 +22,48 @@ PAINTERS = {"mv_sdxl": (MVSDXL, StableDiffusionXLPipeline, instant3d_cameras)}
 JPEG_REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}
 
 
+def start_accelerator(config):
+    """The Accelerator of this run: processes, device, loss scaling, tracker."""
+    if config.tracker == "wandb" and not has_wandb_account():
+        os.environ.setdefault("WANDB_MODE", "offline")  # otherwise wandb stops to ask for an account
+    # bf16 is the policy's business (autocast inside `predict`); fp16 needs the accelerator's loss scaling besides
+    return Accelerator(
+        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no", cpu=not torch.cuda.is_available(),
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_config=ProjectConfiguration(project_dir=config.logdir))
+
+
+def has_wandb_account():
+    """Whether wandb will find an account in the environment or in the netrc file."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).netloc
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def start_tracker(accelerator, config, folder):
+    """Start the tracker that `config.tracker` names, with its files in the run's folder."""
+    if config.tracker == "none":
+        return
+    accelerator.project_configuration.logging_dir = str(folder)
+    flat = {}
+    for key, value in config.to_dict().items():
+        section = value if isinstance(value, dict) else {"": value}
+        flat |= {f"{key}.{name}".strip("."): "none" if one is None else one for name, one in section.items()}
+    accelerator.init_trackers("carve3d", flat, {"wandb": {"name": folder.name, "dir": str(folder)}})
+
+
 def check_cameras(config):
     """Raise ValueError if painter and sculptor look from different places. Nothing is loaded."""
     if config.reward_fn != "mrc":
         return
     problems = camera_disagreement(PAINTERS[config.painter.name][2](), reconstructor_cameras(config.recon))
     if problems:
-        raise ValueError(f"The painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit together: "
-                         f"{'; '.join(problems)}. Choose another config.recon.name or config.painter.name.")
+        raise ValueError(f"The painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit "
+                         f"together: {'; '.join(problems)}. Choose another config.recon.name or config.painter.name.")
 
 
 def load_painter(config, device):
@@ -39,13 +78,13 @@ def load_painter(config, device):
         check_scheduler(scheduler)
         pipeline = pipeline_class.from_pretrained(**source, scheduler=scheduler, add_watermarker=False)
     except OSError as error:
-        raise FileNotFoundError(f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a diffusers "
-                                f"pipeline ({error}): give a pipeline folder or a hub id.") from error
+        raise FileNotFoundError(f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a "
+                                f"diffusers pipeline ({error}): give a pipeline folder or a hub id.") from error
     pipeline.set_progress_bar_config(disable=True)
     if config.pretrained.lora:
         if not (Path(config.pretrained.lora) / LORA_FILE).is_file():
-            raise FileNotFoundError(f"config.pretrained.lora = {config.pretrained.lora!r} has no {LORA_FILE}: give a folder "
-                                    f"with a LoRA in diffusers format, or '' for none.")
+            raise FileNotFoundError(f"config.pretrained.lora = {config.pretrained.lora!r} has no {LORA_FILE}: give a "
+                                    f"folder with a LoRA in diffusers format, or '' for none.")
         pipeline.load_lora_weights(config.pretrained.lora)
         pipeline.fuse_lora()
         pipeline.unload_lora_weights()
@@ -61,16 +100,20 @@ def make_trainable(policy, config):
         policy.train_all()
 
 
+def adam_settings(config):
+    """AdamW's settings under torch's names."""
+    train = config.train
+    return {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2),
+            "weight_decay": train.adam_weight_decay, "eps": train.adam_epsilon}
+
+
 def make_optimizer(policy, config):
     """AdamW over the policy's trainable weights, in 8 bits if asked for."""
-    train = config.train
-    settings = dict(lr=train.learning_rate, betas=(train.adam_beta1, train.adam_beta2),
-                    weight_decay=train.adam_weight_decay, eps=train.adam_epsilon)
-    if train.use_8bit_adam:
+    if config.train.use_8bit_adam:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(policy.trainable_parameters(), **settings)
-    return torch.optim.AdamW(policy.trainable_parameters(), **settings)
+        return bitsandbytes.optim.AdamW8bit(policy.trainable_parameters(), **adam_settings(config))
+    return torch.optim.AdamW(policy.trainable_parameters(), **adam_settings(config))
 
 
 @dataclass
@@ -86,8 +129,8 @@ class PlainResult:
 def load_reward(config, device):
     """The reward of `config` as a function (views (B, V, 3, S, S), prompts) -> result.
 
-    A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool and `renders` (B, V, 3, S, S) or None. To add one's
-    own reward, return such a function here under a new name and list the name in config/validate.py."""
+    A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool and `renders` (B, V, 3, S, S) or None. To add
+    one's own reward, return such a function here under a new name and list the name in config/validate.py."""
     if config.reward_fn in JPEG_REWARDS:
         score = JPEG_REWARDS[config.reward_fn]
 

@@ -1,7 +1,7 @@
 """What the trainer finetunes: a multi-view diffusion model seen as a policy.
 
-`MultiViewPolicy` holds what every painter shares: the UNet with its LoRA, the frozen reference, arithmetic types, and
-loading and saving. A painter (`MVSDXL`) adds how prompts are encoded, how the UNet is called and how latents become views.
+`MultiViewPolicy` holds what every painter shares: the UNet with its LoRA, the frozen reference, arithmetic types,
+loading and saving. A painter (`MVSDXL`) adds how prompts are encoded, how the UNet is called, how latents become views.
 """
 
 import contextlib
@@ -68,6 +68,7 @@ class MultiViewPolicy:
         if torch.device(device).type == "cpu":
             # the backward pass of fused attention is slower on CPUs than plain matrix products
             self.unet.set_attn_processor(AttnProcessor())
+        self._float_trainable()
         return self
 
     # -- what is trained --------------------------------------------------------------------------------------------
@@ -101,8 +102,8 @@ class MultiViewPolicy:
         """Put back what `trainable_state` returned. Raises ValueError if names or shapes differ."""
         mine = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
         if mine.keys() != state.keys() or any(mine[name].shape != value.shape for name, value in state.items()):
-            raise ValueError("The saved weights do not fit this model: config.use_lora, config.lora.rank, config.lora.targets "
-                             "and config.pretrained.model must be those of the run that saved them.")
+            raise ValueError("The saved weights do not fit this model: config.use_lora, config.lora.rank, "
+                             "config.lora.targets and config.pretrained.model must be those of the run that saved them.")
         with torch.no_grad():
             for name, value in state.items():
                 mine[name].copy_(value)
@@ -134,15 +135,15 @@ class MultiViewPolicy:
     # -- acting -----------------------------------------------------------------------------------------------------
 
     def encode(self, prompts):
-        """Conditioning of B prompts: a dict of (B, ...) tensors. Each distinct prompt is encoded once in a run."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
-        if new:
-            with torch.no_grad():
-                encoded = self._encode(new)
-            for i, prompt in enumerate(new):
-                self._embeddings[prompt] = {name: value[i] for name, value in encoded.items()}
+        """Conditioning of B prompts: a dict of (B, ...) tensors. Each distinct prompt is encoded once in a run.
+
+        One at a time: rounding would depend on the other prompts of a batch, and a resumed run meets other batches."""
+        for prompt in prompts:
+            if prompt not in self._embeddings:
+                with torch.no_grad():
+                    self._embeddings[prompt] = self._encode([prompt])
         rows = [self._embeddings[prompt] for prompt in prompts]
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
     def initial_latents(self, batch, generator=None):
         """(batch, *latent_shape) float32 noise; generator: one, or a list of `batch` (one per sample)."""
@@ -201,7 +202,7 @@ class MultiViewPolicy:
 
 
 def rescale_guidance(guided, conditional, strength):
-    """Bring the std of each guided prediction (B, ...) back towards that of the conditional one (Lin et al. 2023, eq. 15, 16)."""
+    """Bring the std of each guided prediction (B, ...) towards that of the conditional one (Lin et al. 2023, eq. 15, 16)."""
     dims = list(range(1, guided.ndim))
     matched = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
     return strength * matched + (1 - strength) * guided

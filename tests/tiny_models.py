@@ -1,14 +1,25 @@
-"""Models with random weights, small enough that a whole training run takes seconds, and the settings of such a run.
+"""Models small enough that a whole training run takes seconds, and the settings of such a run.
 
-`make_world(folder)` writes a painter, a sculptor and prompt files; `flags(world, ...)` are the trainer's flags for them.
+`make_world(folder)` writes a painter and a sculptor with random weights and prompt files; `flags(world, ...)` are the
+trainer's flags for them. `golden_policy()` is the painter of the golden rollout and of the golden update.
 """
 
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from diffusers_patch.mv_sdxl import MVSDXL
+from recon.cameras import instant3d_cameras
 from recon.tiny_lrm import TinyLRM
 from tiny.train_painter import assemble, make_tokenizer
+
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_CONFIG = json.loads((GOLDEN / "sdxl_rollout_config.json").read_text())
 
 LATENT = 8  # latents of 8x8: a grid of 64x64 pixels, views of 32x32
 TEXT_WIDTH = 16
@@ -73,3 +84,47 @@ def settings(world, logdir, **changes):
 def flags(world, logdir, **changes):
     """Command-line flags of `settings`, for config/base.py."""
     return [f"--config.{key}={value}" for key, value in settings(world, logdir, **changes).items()]
+
+
+class GoldenPainter(MVSDXL):
+    """The golden runs tell the UNet of a 1024-pixel grid but use latents of 8x8."""
+
+    latent_shape = (4, 8, 8)
+
+
+class StoredTokens:
+    """Stands in for a tokenizer: gives the stored ids (N, length) of the golden prompts."""
+
+    def __init__(self, input_ids):
+        self.rows = dict(zip(GOLDEN_CONFIG["prompts"], input_ids))
+        self.model_max_length = input_ids.shape[1]
+
+    added_tokens_encoder = {}
+
+    def tokenize(self, prompt):  # asked for in search of textual inversion tokens, of which there are none
+        return []
+
+    def __call__(self, prompts, **_):
+        return SimpleNamespace(input_ids=torch.stack([self.rows[prompt] for prompt in prompts]))
+
+
+def golden_policy():
+    """The painter of tests/golden/sdxl_rollout* and ppo_step*, without LoRA and without a reference of its own."""
+    config, tokens = GOLDEN_CONFIG, load_file(GOLDEN / "sdxl_rollout.safetensors")
+    parts = {
+        "unet": UNet2DConditionModel(**config["unet"]),
+        "vae": AutoencoderKL(**config["vae"]),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**config["text_encoder"])),
+        "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"])),
+    }
+    for name, part in parts.items():
+        weights = load_file(GOLDEN / f"tiny_{'vae_decoder' if name == 'vae' else name}.safetensors")
+        if name == "text_encoder":  # the name that this model's weights had in transformers 4
+            weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
+        problems = part.load_state_dict(weights, strict=False)
+        missing = [key for key in problems.missing_keys if not key.startswith(("encoder.", "quant_conv."))]
+        assert not problems.unexpected_keys and not missing, (name, missing)
+    pipeline = StableDiffusionXLPipeline(
+        **parts, scheduler=DDIMScheduler(**config["scheduler"]), tokenizer=StoredTokens(tokens["input_ids"]),
+        tokenizer_2=StoredTokens(tokens["input_ids_2"]), add_watermarker=False)
+    return GoldenPainter(pipeline, instant3d_cameras())
