@@ -22,7 +22,7 @@ def golden(run, name):
 
 
 def golden_rollout(run):
-    """The trajectory of a golden run: A and C are given latents and use the global generator, B draws all from its own."""
+    """The painter and the trajectory of a golden run: A and C start from given latents, B draws them too."""
     settings = GOLDEN_CONFIG["runs"][run]
     policy = golden_policy()
     policy.guidance_rescale = settings["guidance_rescale"]
