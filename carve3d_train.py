@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import names every optional package that is missing
+
 import numpy as np
 import torch
 from absl import app, flags
@@ -85,7 +87,7 @@ class Run:
         self.accelerator.print(text, flush=True)
 
     def train(self):
-        """Validate, then epoch by epoch sample, judge, learn and save, until the last epoch or until the KL is spent."""
+        """Validate, then epoch by epoch sample, judge, learn and save, to the last epoch or until the KL is spent."""
         while True:
             # in this order: a run that goes on from a checkpoint repeats the validation that follows it
             if self.finished or self.epochs_done % self.config.val_freq == 0:

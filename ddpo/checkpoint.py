@@ -5,8 +5,8 @@ A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     optimizer.pt          the optimizer's state
     run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration
     manifest.json         size and SHA-256 of the other files
-It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder of
-that name is whole. Random numbers need no place in it: every stream is made anew from the run's seed and the epoch
+It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder
+of that name is whole. Random numbers need no place in it: every stream is made anew from the run's seed and the epoch
 (ddpo/sampling.py).
 """
 
@@ -56,7 +56,8 @@ def save_checkpoint(run_folder, epochs_done, weights, optimizer_state, run_state
 
 def checkpoints(run_folder):
     """The checkpoint folders of a run, oldest first."""
-    return sorted((path for path in Path(run_folder).glob(f"{PREFIX}*") if _epochs(path) is not None), key=_epochs)
+    found = [path for path in Path(run_folder).glob(f"{PREFIX}*") if _epochs(path) is not None]
+    return sorted(found, key=_epochs)
 
 
 def find_checkpoint(path, previous_if_damaged=False):
@@ -65,23 +66,24 @@ def find_checkpoint(path, previous_if_damaged=False):
     previous_if_damaged: step back to the newest sound one. Raises FileNotFoundError or DamagedCheckpoint."""
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its "
-                                f"checkpoint folders.")
+        raise FileNotFoundError(f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of "
+                                f"its checkpoint folders.")
     single = _epochs(path) is not None
     found = checkpoints(path.parent if single else path)
     if single:
         found = found[: found.index(path) + 1]
     if not found:
-        raise FileNotFoundError(f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one of "
-                                f"its checkpoint folders.")
+        raise FileNotFoundError(f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one "
+                                f"of its checkpoint folders.")
     for folder in reversed(found):
         problem = damage(folder)
         if problem is None:
             return folder
         if not previous_if_damaged:
-            raise DamagedCheckpoint(f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True to "
-                                    f"go on from the one before it, or name another one in config.resume_from.")
-    raise DamagedCheckpoint(f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new run.")
+            raise DamagedCheckpoint(f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True "
+                                    f"to go on from the one before it, or name another one in config.resume_from.")
+    raise DamagedCheckpoint(f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new "
+                            f"run.")
 
 
 def damage(folder):
@@ -110,7 +112,7 @@ def load_checkpoint(folder):
 
 
 def forget_later(folder):
-    """Remove the checkpoints that are newer than `folder`: the run goes on from there and their epochs are run again."""
+    """Remove the checkpoints newer than `folder`: the run goes on from there, and their epochs are run again."""
     for newer in checkpoints(folder.parent):
         if _epochs(newer) > _epochs(folder):
             _remove(newer)

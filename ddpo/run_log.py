@@ -35,7 +35,7 @@ class RunLog:
             (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
 
     def resume(self, epochs_done):
-        """Forget the lines of what will be run again: the epochs from `epochs_done` on and the validation before them."""
+        """Forget the lines of what is run again: the epochs from `epochs_done` on and the validation before them."""
         file = self.folder / "metrics.jsonl"
         if not self.main or not file.exists():
             return
@@ -82,7 +82,8 @@ class RunLog:
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
         for tracker in self.accelerator.trackers:
-            tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch)
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch, **layout)
 
     def curves(self):
         """Draw curves.png from all lines so far."""

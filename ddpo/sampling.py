@@ -44,19 +44,24 @@ class Samples:
 
 
 def paint(policy, reward, prompts, generators, config, reference, progress=False):
-    """Paint and judge N `prompts`, `config.sample.batch_size` at a time; generators: N, one per sample. Returns Samples."""
+    """Paint and judge N `prompts`, `config.sample.batch_size` at a time, with N generators. Returns Samples."""
     batches, verdicts, seconds = [], [], {"sampling": 0.0, "reward": 0.0}
     size, suffix = config.sample.batch_size, config.sample.prompt_suffix
-    for first in tqdm(range(0, len(prompts), size), desc="sampling", leave=False, disable=not progress):
+    bar = tqdm(total=len(prompts), leave=False, disable=not progress)
+    for first in range(0, len(prompts), size):
         part = slice(first, first + size)
+        bar.set_description("sampling")
         start = time.perf_counter()
         batches.append(rollout(
             policy, [prompt + suffix for prompt in prompts[part]], config.sample.num_steps,
-            config.sample.guidance_scale, config.sample.eta, generators[part], reference=reference))
+            config.sample.guidance_scale, config.sample.eta, generators[part], reference=reference, progress=progress))
+        bar.set_description("reward")
         middle = time.perf_counter()
         verdicts.append(reward(batches[-1].views, prompts[part]))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
+        bar.update(len(prompts[part]))
+    bar.close()
     joined = lambda name: torch.cat([getattr(verdict, name) for verdict in verdicts])
     return Samples(
         trajectory=concatenate(batches), reward=joined("reward").float(), foreground=joined("foreground").mean(1),

@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers.utils import logging as transformers_logging
 
 from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
@@ -71,6 +73,8 @@ def load_painter(config, device):
 
     Raises ValueError or FileNotFoundError, before the large files are read where that is possible."""
     policy_class, pipeline_class, cameras = PAINTERS[config.painter.name]
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # of reading files; downloads keep theirs
     source = dict(pretrained_model_name_or_path=config.pretrained.model, revision=config.pretrained.revision)
     try:
         scheduler = DDIMScheduler.from_pretrained(**source, subfolder="scheduler")
@@ -82,14 +86,22 @@ def load_painter(config, device):
                                 f"diffusers pipeline ({error}): give a pipeline folder or a hub id.") from error
     pipeline.set_progress_bar_config(disable=True)
     if config.pretrained.lora:
-        if not (Path(config.pretrained.lora) / LORA_FILE).is_file():
-            raise FileNotFoundError(f"config.pretrained.lora = {config.pretrained.lora!r} has no {LORA_FILE}: give a "
-                                    f"folder with a LoRA in diffusers format, or '' for none.")
-        pipeline.load_lora_weights(config.pretrained.lora)
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
+        fuse_lora(pipeline, config.pretrained.lora)
     policy = policy_class(pipeline, cameras(), guidance_rescale=config.sample.guidance_rescale)
     return policy.to(device, config.mixed_precision)
+
+
+def fuse_lora(pipeline, folder):
+    """Add a LoRA in diffusers format to the pipeline's weights, so that nothing of it stays apart."""
+    if not (Path(folder) / LORA_FILE).is_file():
+        raise FileNotFoundError(f"config.pretrained.lora = {folder!r} has no {LORA_FILE}: give a folder with a LoRA in "
+                                f"diffusers format, or '' for none.")
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it would warn that the file holds nothing for the text encoders
+    pipeline.load_lora_weights(folder)
+    diffusers_logging.set_verbosity(verbosity)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
 
 
 def make_trainable(policy, config):

@@ -40,8 +40,8 @@ def micro_batch_losses(policy, trajectory, advantages, index, steps, config):
     """Yield (loss, info) of one micro-batch, `config.train.timesteps_per_forward` of its steps at a time.
 
     trajectory: what was sampled; advantages: (N,); index: (b,) samples; steps: (b, K) their steps, in training order.
-    Each loss is a mean over samples and the steps at hand, scaled by their share of the K steps, so that the losses of a
-    micro-batch add up to the mean over all. info: as of `ppo_loss`, with the unscaled "loss" and that "share"."""
+    Each loss is a mean over samples and the steps at hand, scaled by their share of the K steps, so that the losses of
+    a micro-batch add up to the mean over all. info: as of `ppo_loss`, with the unscaled "loss" and that "share"."""
     train, K = config.train, steps.shape[1]
     # mean 1 over all steps that can be drawn, not over those that were: a step weighs the same in every sample
     std = ddim_std(policy.scheduler, trajectory.timesteps[index, : trainable_steps(config)], config.sample.eta)
@@ -67,7 +67,7 @@ def update(policy, optimizer, accelerator, trajectory, advantages, config, gener
     """All updates of an epoch on this process's samples; returns a list with one dict of statistics per optimizer step.
 
     Gradients are summed over micro-batches and timesteps (each loss divided by their number), averaged over processes
-    once per optimizer step, clipped, and applied. after_step: called after each optimizer step; returns more statistics."""
+    once per optimizer step, clipped, and applied. after_step: called after each of them, returns more statistics."""
     train = config.train
     parameters = policy.trainable_parameters()
     logs = []
@@ -116,7 +116,7 @@ def summarise(infos, accelerator):
 
 @torch.no_grad()
 def trajectory_means(policy, trajectory, index, config):
-    """Means (b, K, ...) and stds (b, K, 1, ...) of the steps that can be trained, of the samples `index` (b,), float32."""
+    """Means (b, K, ...) and stds (b, K, 1, ...), in float32, of the trainable steps of the samples `index` (b,)."""
     means, stds = [], []
     with policy.full_precision():
         for k in range(trainable_steps(config)):
@@ -139,8 +139,8 @@ def kl_between(before, after):
 class StepCalibration:
     """Chooses the learning rate by what an update does: `config.train.kl_per_update` nats per trajectory.
 
-    In each of the first `kl_calibration_updates` updates the KL that the update moved the policy by is measured and the
-    learning rate multiplied by sqrt(wanted / measured), since the KL grows with the square of the step; then it stays."""
+    In each of the first `kl_calibration_updates` updates the KL that the update moved the policy by is measured and
+    the learning rate multiplied by sqrt(wanted / measured), for the KL grows with the step's square; then it stays."""
 
     SAMPLES = 8  # of all processes together, but one of each at least: enough for a KL of which one digit is needed
     LARGEST_CHANGE = 10.0
@@ -163,7 +163,8 @@ class StepCalibration:
             return {}
         before, self.means = self.means, self._means()
         kl = kl_between(before, self.means)
-        total, count = self.accelerator.reduce(torch.stack([kl.sum(), kl.new_tensor(len(kl))]), reduction="sum").tolist()
+        sums = torch.stack([kl.sum(), kl.new_tensor(len(kl))])
+        total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.remaining -= 1
         return {"kl_of_update": total / count, "next_learning_rate": self.adjust(total / count)}
 

@@ -11,7 +11,8 @@ class MVSDXL(MultiViewPolicy):
     """A stock `StableDiffusionXLPipeline` as a multi-view policy. Latents (B, 4, h, w) are those of the whole grid."""
 
     def _text_encoders(self):
-        return [encoder for encoder in (self.pipeline.text_encoder, self.pipeline.text_encoder_2) if encoder is not None]
+        encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
+        return [encoder for encoder in encoders if encoder is not None]
 
     @property
     def latent_shape(self):
@@ -24,23 +25,24 @@ class MVSDXL(MultiViewPolicy):
         return self.unet.config.sample_size * self.pipeline.vae_scale_factor
 
     def _encode(self, prompts):
-        embeds, _, pooled, _ = self.pipeline.encode_prompt(prompts, device=self.device, do_classifier_free_guidance=False)
+        embeds, _, pooled, _ = self.pipeline.encode_prompt(
+            prompts, device=self.device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def _unet(self, unet, latents, timesteps, conditioning):
         size = self.image_size  # original size, crop corner, target size, all of the whole grid
         time_ids = torch.tensor([size, size, 0, 0, size, size], device=latents.device, dtype=unet.dtype)
-        return unet(
-            latents.to(unet.dtype), timesteps, conditioning["prompt_embeds"].to(unet.dtype),
-            added_cond_kwargs={"text_embeds": conditioning["pooled"].to(unet.dtype), "time_ids": time_ids.expand(len(latents), 6)},
-        ).sample
+        added = {"text_embeds": conditioning["pooled"].to(unet.dtype), "time_ids": time_ids.expand(len(latents), 6)}
+        embeds = conditioning["prompt_embeds"].to(unet.dtype)
+        return unet(latents.to(unet.dtype), timesteps, embeds, added_cond_kwargs=added).sample
 
     @torch.no_grad()
     def decode(self, latents):
         """Latents (B, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1], reading order of the grid."""
         vae = self.pipeline.vae
-        grids = [vae.decode((part / vae.config.scaling_factor).to(vae.dtype)).sample for part in latents.split(DECODE_BATCH)]
-        return split_grid((torch.cat(grids).float() / 2 + 0.5).clamp(0, 1))
+        parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(DECODE_BATCH)
+        grids = torch.cat([vae.decode(part).sample.float() for part in parts])
+        return split_grid((grids / 2 + 0.5).clamp(0, 1))
 
 
 def split_grid(grids):

@@ -61,10 +61,11 @@ class MultiViewPolicy:
         The VAE stays in float32 where its config says that it overflows in half precision (`force_upcast`)."""
         dtype = DTYPES[mixed_precision]
         self.autocast_dtype = None if dtype == torch.float32 else dtype
-        self.unet.to(device, dtype)
-        self.pipeline.vae.to(device, torch.float32 if self.pipeline.vae.config.force_upcast else dtype)
-        for encoder in self._text_encoders():
-            encoder.to(device, dtype)
+        vae = self.pipeline.vae
+        for model in (self.unet, vae, *self._text_encoders()):
+            keep = model is vae and vae.config.force_upcast
+            # torch's `to`: that of diffusers warns of modules to be kept in float32 even where there are none
+            torch.nn.Module.to(model, device, torch.float32 if keep else dtype)
         if torch.device(device).type == "cpu":
             # the backward pass of fused attention is slower on CPUs than plain matrix products
             self.unet.set_attn_processor(AttnProcessor())
@@ -102,8 +103,8 @@ class MultiViewPolicy:
         """Put back what `trainable_state` returned. Raises ValueError if names or shapes differ."""
         mine = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
         if mine.keys() != state.keys() or any(mine[name].shape != value.shape for name, value in state.items()):
-            raise ValueError("The saved weights do not fit this model: config.use_lora, config.lora.rank, "
-                             "config.lora.targets and config.pretrained.model must be those of the run that saved them.")
+            raise ValueError("The saved weights do not fit this model: config.use_lora, config.lora.* and "
+                             "config.pretrained.model must be those of the run that saved them.")
         with torch.no_grad():
             for name, value in state.items():
                 mine[name].copy_(value)
@@ -130,7 +131,8 @@ class MultiViewPolicy:
         missing = [name for name in problems.missing_keys if "lora_" in name]
         if missing or problems.unexpected_keys:
             raise ValueError(f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
-                             f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that saved it.")
+                             f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
+                             f"saved it.")
 
     # -- acting -----------------------------------------------------------------------------------------------------
 
@@ -202,7 +204,7 @@ class MultiViewPolicy:
 
 
 def rescale_guidance(guided, conditional, strength):
-    """Bring the std of each guided prediction (B, ...) towards that of the conditional one (Lin et al. 2023, eq. 15, 16)."""
+    """Bring the std of guided predictions (B, ...) towards that of conditional ones (Lin et al. 2023, eq. 15, 16)."""
     dims = list(range(1, guided.ndim))
     matched = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
     return strength * matched + (1 - strength) * guided

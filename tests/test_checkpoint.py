@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back, a half-written one is never taken for a whole one, damaged ones are refused."""
+"""Checkpoints: what is saved comes back, a half-written one never passes for a whole one, damaged ones are refused."""
 
 import os
 import shutil

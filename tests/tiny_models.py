@@ -36,8 +36,8 @@ VAE = dict(
     scaling_factor=0.13025, force_upcast=False,
 )
 TEXT = dict(
-    hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=24,
-    projection_dim=TEXT_WIDTH,
+    hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    max_position_embeddings=24, projection_dim=TEXT_WIDTH,
 )
 LRM = dict(width=8, volume=8, voxel_channels=8, plane_width=16, plane_channels=4, hidden=16)
 PROMPTS = ["a red cube", "a blue sphere", "a green cone", "a yellow cylinder"]
@@ -75,6 +75,8 @@ def settings(world, logdir, **changes):
         "prompts.train_file": str(world / "train.txt"), "prompts.val_file": str(world / "validation.txt"),
         "prompts.test_file": str(world / "test.txt"), "sample.num_steps": 4, "sample.total_batch_size": 8,
         "sample.batch_size": 4, "sample.save_images": 2, "train.total_batch_size": 8, "train.batch_size": 4,
+        # large enough for steps that do not hang on the sign of gradients that are rounding noise
+        "train.adam_epsilon": 1e-3,
         "recon.checkpoint": str(world / "lrm"), "recon.render_size": 32, "per_prompt_stat_tracking.min_count": 2,
         "per_prompt_stat_tracking.buffer_size": 6,
     }

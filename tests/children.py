@@ -1,0 +1,62 @@
+"""Whole trainings in processes of their own, which a test may kill. They fork from a server that has imported
+everything once, because the imports take longer than the trainings."""
+
+import importlib
+import multiprocessing
+import os
+import signal
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["carve3d_train", "tests.children"])
+
+
+def start(function, *args):
+    """Start `function(*args)` in a process; it must be importable."""
+    process = CONTEXT.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def run(function, *args):
+    """`function(*args)` in a process, waited for: its exit code, 0 if all went well, -9 if it was killed."""
+    process = start(function, *args)
+    process.join()
+    return process.exitcode
+
+
+def train(values, environment=None):
+    """The training script with config/base.py changed by `values` ({key: value}).
+
+    environment: changes of environment variables, None removes one."""
+    import torch
+
+    import carve3d_train
+    from config import base
+
+    for name, value in (environment or {}).items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    torch.set_num_threads(1)
+    config = base.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    carve3d_train.Run(config).train()
+
+
+def train_and_die(values, target, call):
+    """`train`, killed by SIGKILL (nothing can be tidied up) when the function `target`, "module.name", is called for
+    the `call`-th time."""
+    module, _, name = target.rpartition(".")
+    module = importlib.import_module(module)
+    function = getattr(module, name)
+    calls = []
+
+    def deadly(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **kwargs)
+
+    setattr(module, name, deadly)
+    train(values)
