@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpo.checkpoint import checkpoints, load_checkpoint
+from ddpo.checkpoint import checkpoints, find_checkpoint, load_checkpoint
 from tests import children
 from tests.tiny_models import LATENT, flags, make_world, settings
 
@@ -127,22 +127,25 @@ def test_stock_diffusers_loads_what_was_learnt(whole_run, world):
 
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
-MOMENTS = [  # where the process dies; counted from where the run goes on
-    ("diffusers_patch.rollout.draw", 1),  # the very first draw of the first validation
-    ("diffusers_patch.rollout.draw", 4 + 8 + 3),  # sampling of the first epoch that learns
-    ("ddpo.update.ppo_loss", 5),  # its update, between two micro-batches
-    ("ddpo.checkpoint._fingerprint", 2),  # saving: half a checkpoint is there
-    ("os.fsync", 4),  # ... all but its name
-    ("matplotlib.pyplot.close", 1),  # saving, before the checkpoint
+MOMENTS = [  # the call in which the process dies, counted from where the run goes on
+    ("diffusers_patch.rollout.draw", 1),  # the first validation
+    ("diffusers_patch.rollout.draw", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
+    ("ddpo.update.ppo_loss", 5),  # update of epoch 1, between its two micro-batches
+    ("torch.save", 1),  # saving checkpoint 2, half of it is there
+    ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
+    ("ddpo.update.ppo_loss", 8 + 3),  # update of epoch 2
+    ("matplotlib.pyplot.close", 1),  # saving what belongs to checkpoint 3, before the checkpoint
     ("carve3d_train.ttest_rel", 1),  # the very end
 ]
+GONE_ON_FROM = [0, 1, 1, 1, 1, 2, 2, 3]
 
 
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole_run, world, tmp_path):
     values = settings(world, tmp_path)
     run = tmp_path / "run"
-    for target, call in MOMENTS:
+    for (target, call), epochs_done in zip(MOMENTS, GONE_ON_FROM, strict=True):
         assert children.run(children.train_and_die, values, target, call) == -signal.SIGKILL, target
+        assert find_checkpoint(run).name == f"checkpoint_000{epochs_done}"
         values = settings(world, tmp_path, resume_from=str(run))
         if target == "ddpo.update.ppo_loss":
             with open(run / "metrics.jsonl", "a") as file:  # as if it had died writing
