@@ -117,7 +117,7 @@ class Run:
 
         values = {"reward": samples.reward, "foreground": samples.foreground, "empty": samples.empty}
         if self.reference:
-            values["kl"] = samples.trajectory.kl(config.kl_estimator)
+            values["kl"] = samples.kl
         everyone = {name: accelerator.gather(value.float()).cpu().numpy() for name, value in values.items()}
         verdict = advantages(
             everyone["reward"], prompts, everyone["kl"] if config.kl_penalty else None, self.trackers["reward"],
@@ -155,7 +155,8 @@ class Run:
         for i, statistics in enumerate(updates):
             self.log.write("update", number, {"update": i, **statistics})
         if number % self.config.save_freq == 0:
-            self.picture("epoch", number, samples.trajectory.views, samples.renders, samples.reward, prompts)
+            self.picture("epoch", number, [samples.trajectory.views, samples.renders],
+                         [f"reward {value:.3f}" for value in samples.reward.tolist()], prompts)
 
         learnt = "(fills the trackers, no update)"
         if updates:
@@ -164,12 +165,14 @@ class Run:
         self.say(f"epoch {number:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {self.kl:.2e}  {learnt}  "
                  f"{times}")
 
-    def picture(self, kind, number, views, renders, rewards, captions):
-        """samples/<kind>_<number>.png of the first `sample.save_images` objects, from the main process."""
+    def picture(self, kind, number, rows, notes, captions):
+        """samples/<kind>_<number>.png of the first `sample.save_images` objects, from the main process.
+
+        rows: painted views over re-rendered ones, (N, V, 3, S, S) each, None for a reward that renders nothing."""
         shown = self.config.sample.save_images
         if shown and self.accelerator.is_main_process:
-            renders = None if renders is None else renders[:shown]
-            self.log.picture(kind, number, sample_picture(views[:shown], renders, rewards, captions))
+            rows = [row[:shown] for row in rows if row is not None]
+            self.log.picture(kind, number, sample_picture(rows, notes, captions))
 
     # -- validation ---------------------------------------------------------------------------------------------------
 
@@ -184,7 +187,7 @@ class Run:
             generators = [generator(0, VALIDATION, i) for i in mine]
             samples = paint(self.policy, self.reward, [captions[i] for i in mine], generators, config, self.reference,
                             self.show)
-            found = list(zip(mine, samples.rows(config.kl_estimator)))
+            found = list(zip(mine, samples.rows()))
         rows = [row for _, row in sorted(gather_object(found), key=lambda item: item[0])]
         everyone = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -195,11 +198,11 @@ class Run:
             self.log.write("validation", number, line)
             folder = self.folder / "validation"
             folder.mkdir(exist_ok=True)
-            np.savez_compressed(folder / f"epoch_{number:04d}.npz", views=everyone["views"], rewards=everyone["reward"],
-                                prompts=np.array(captions))
-            renders = torch.as_tensor(everyone["renders"]) / 255 if "renders" in everyone else None
-            self.picture("validation", number, torch.as_tensor(everyone["views"]) / 255, renders,
-                         everyone["reward"], captions)
+            arrays = {name: everyone[name] for name in ("views", "renders") if name in everyone}
+            np.savez_compressed(folder / f"epoch_{number:04d}.npz", rewards=everyone["reward"],
+                                prompts=np.array(captions), **arrays)
+            self.picture("validation", number, [torch.as_tensor(images) / 255 for images in arrays.values()],
+                         [f"reward {value:.3f}" for value in everyone["reward"]], captions)
         self.say(f"validation after {number} epochs: reward {line['reward_mean']:+.4f} +- "
                  f"{line['reward_standard_error']:.4f} (standard error over {len(rows)} prompts)"
                  + (f", kl {line['kl_mean']:.2e}" if self.reference else ""))
@@ -242,6 +245,15 @@ class Run:
         self.log.resume(self.epochs_done)
         self.say(f"going on from {checkpoint}, {self.epochs_done} epochs done")
 
+    def before_and_after(self):
+        """samples/before_after_<epochs>.png: the first validation prompts before training and after it, four rows each:
+        painted and re-rendered before, painted and re-rendered after."""
+        files = sorted((self.folder / "validation").glob("epoch_*.npz"))
+        before, after = np.load(files[0]), np.load(files[-1])
+        rows = [torch.as_tensor(data[name]) / 255 for data in (before, after) for name in ("views", "renders") if name in data]
+        notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in zip(before["rewards"], after["rewards"])]
+        self.picture("before_after", self.epochs_done, rows, notes, [str(prompt) for prompt in before["prompts"]])
+
     def finish(self):
         """final/ and the comparison of before and after."""
         if self.accelerator.is_main_process:
@@ -250,6 +262,7 @@ class Run:
             scores = [np.array(line["rewards"]) for line in self.log.lines if line["kind"] == "validation"]
             before, after = scores[0], scores[-1]
             gain = after - before
+            self.before_and_after()
             p = ttest_rel(after, before).pvalue if gain.std() > 0 else float("nan")
             if self.epochs_done < self.config.num_epochs:
                 self.say(f"stopped: the mean KL {self.kl:.2e} has reached config.stop_kl = {self.config.stop_kl:.2e}")

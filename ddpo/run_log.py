@@ -107,21 +107,20 @@ class RunLog:
         os.replace(self.folder / "curves.tmp.png", self.folder / "curves.png")
 
 
-def sample_picture(views, renders, rewards, captions, columns=4):
-    """Painted views over re-rendered views, object by object, with reward and caption: a PIL image.
+def sample_picture(rows, notes, captions, columns=4):
+    """Rows of views object by object, such as painted views over re-rendered views, under caption and note: a PIL image.
 
-    views, renders: (N, V, 3, S, S) in [0, 1], renders may be None; rewards: N numbers; captions: N strings."""
-    rows = [views] if renders is None else [views, renders]
-    S, V = views.shape[-1], views.shape[1]
+    rows: a list of (N, V, 3, S, S) in [0, 1]; notes, captions: N strings."""
+    N, V, _, _, S = rows[0].shape
     side = min(S * max(1, round(SIDE[0] / S)), SIDE[1])
     width, height, text = V * side, len(rows) * side, 26
-    columns = min(columns, len(views))
-    canvas = Image.new("RGB", (columns * (width + 8), -(-len(views) // columns) * (height + text + 8)), "white")
+    columns = min(columns, N)
+    canvas = Image.new("RGB", (columns * (width + 8), -(-N // columns) * (height + text + 8)), "white")
     draw = ImageDraw.Draw(canvas)
-    for n in range(len(views)):
+    for n in range(N):
         x, y = (n % columns) * (width + 8), (n // columns) * (height + text + 8)
         draw.text((x + 2, y), captions[n][: width // 6], fill="black")
-        draw.text((x + 2, y + 12), f"reward {float(rewards[n]):.3f}", fill="black")
+        draw.text((x + 2, y + 12), notes[n], fill="black")
         for r, row in enumerate(rows):
             canvas.paste(_strip(row[n], side), (x, y + text + r * side))
         draw.rectangle([x - 1, y + text - 1, x + width, y + text + height], outline="lightgray")

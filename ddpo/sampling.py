@@ -29,16 +29,16 @@ class Samples:
     foreground: torch.Tensor  # (N,) mean share of the views that is foreground
     empty: torch.Tensor  # (N,) bool, some view is empty
     renders: torch.Tensor | None  # (N, V, 3, S, S)
+    kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
 
-    def rows(self, kl_estimator):
+    def rows(self):
         """One dict of numpy values per sample: reward, foreground, empty, views and renders as bytes, kl if known."""
         to_bytes = lambda images: (images * 255).round().byte()
-        kl = self.trajectory.kl(kl_estimator)
         columns = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty,
                    "views": to_bytes(self.trajectory.views),
                    **({} if self.renders is None else {"renders": to_bytes(self.renders)}),
-                   **({} if kl is None else {"kl": kl})}
+                   **({} if self.kl is None else {"kl": self.kl})}
         columns = {name: values.cpu().numpy() for name, values in columns.items()}
         return [{name: values[i] for name, values in columns.items()} for i in range(len(self.reward))]
 
@@ -63,10 +63,11 @@ def paint(policy, reward, prompts, generators, config, reference, progress=False
         bar.update(len(prompts[part]))
     bar.close()
     joined = lambda name: torch.cat([getattr(verdict, name) for verdict in verdicts])
+    trajectory = concatenate(batches)
     return Samples(
-        trajectory=concatenate(batches), reward=joined("reward").float(), foreground=joined("foreground").mean(1),
+        trajectory=trajectory, reward=joined("reward").float(), foreground=joined("foreground").mean(1),
         empty=joined("empty").any(1), renders=None if verdicts[0].renders is None else joined("renders"),
-        seconds=seconds)
+        kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps), seconds=seconds)
 
 
 def concatenate(trajectories):

@@ -25,15 +25,16 @@ class Trajectory:
     conditioning: dict
     views: torch.Tensor
 
-    def kl(self, estimator="log_ratio"):
+    def kl(self, estimator="log_ratio", skip_last=0):
         """KL to the base model (B,), nats per dimension, mean over steps; None if the reference was not asked.
 
-        "log_ratio" is unbiased and noisy (published); "analytic" has the same expectation and little noise."""
+        "log_ratio" is unbiased and noisy (published); "analytic" has the same expectation and little noise.
+        skip_last: leave out so many of the last steps, for at the end of the chain, nearly without noise, the KL of
+        half-precision networks is the rounding of their outputs."""
         if self.log_probs_reference is None:
             return None
-        if estimator == "analytic":
-            return self.kl_analytic.mean(1)
-        return (self.log_probs - self.log_probs_reference).mean(1)
+        per_step = self.kl_analytic if estimator == "analytic" else self.log_probs - self.log_probs_reference
+        return per_step[:, : per_step.shape[1] - skip_last].mean(1)
 
 
 @torch.no_grad()

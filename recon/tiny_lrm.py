@@ -17,8 +17,8 @@ from recon.cameras import Cameras, instant3d_cameras, project, rays
 from recon.volume_rendering import Triplane, TriplaneDecoder, occupancy_grid, render_occupied, sample_planes
 
 RECONSTRUCT_BATCH = 8  # scenes reconstructed at a time: bounds the memory
-SAMPLES = 40  # depths of a ray inside the object's box
-POINTS = 16384  # points per object decoded at a time
+SAMPLES = 24  # depths of a ray inside the box around the object
+POINTS = 4096  # points of an object decoded at a time: their activations stay in the processor cache
 OCCUPANCY = 24  # cells per side of the grid that tells where there is anything to render
 
 
@@ -35,25 +35,28 @@ class ResBlock(nn.Module):
 
 
 class TinyLRM(nn.Module):
-    """config: width of the image features, `volume` cells per side, `plane_channels`, MLP `hidden` width."""
+    """width: channels of the image features; volume: cells per side that they are lifted to, with `voxel_channels` each;
+    plane_width: channels while the planes are refined; plane_channels: of the finished planes, which have 2 * volume cells
+    per side; hidden, layers: of the decoder's MLP."""
 
     num_views = 4
     input_size = 64
 
-    def __init__(self, width=32, volume=24, voxel_channels=16, plane_width=96, plane_channels=24, hidden=64):
+    def __init__(self, width=32, volume=24, voxel_channels=16, plane_width=64, plane_channels=16, hidden=32, layers=3):
         super().__init__()
         self.config = dict(width=width, volume=volume, voxel_channels=voxel_channels, plane_width=plane_width,
-                           plane_channels=plane_channels, hidden=hidden)
+                           plane_channels=plane_channels, hidden=hidden, layers=layers)
         self.stem = nn.Sequential(nn.Conv2d(3, width, 4, stride=2, padding=1), ResBlock(width))
         self.deep = nn.Sequential(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), ResBlock(2 * width),
                                   ResBlock(2 * width), nn.Conv2d(2 * width, width, 1))
         self.voxel = nn.Sequential(nn.Linear(2 * (width + 3) + 1, 2 * width), nn.SiLU(), nn.Linear(2 * width, voxel_channels), nn.SiLU())
         self.fold = nn.ModuleList(nn.Conv2d(voxel_channels * volume, plane_width, 1) for _ in range(3))
+        fine = plane_width * 3 // 4
         self.refine = nn.Sequential(
-            ResBlock(plane_width), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(plane_width, 64, 3, padding=1),
-            ResBlock(64), nn.GroupNorm(8, 64), nn.SiLU(), nn.Conv2d(64, plane_channels, 3, padding=1),
+            ResBlock(plane_width), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(plane_width, fine, 3, padding=1),
+            ResBlock(fine), nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, plane_channels, 3, padding=1),
         )
-        self.decoder = TriplaneDecoder(3 * plane_channels, hidden)
+        self.decoder = TriplaneDecoder(3 * plane_channels, hidden, layers)
         self.cameras = self.input_cameras()
         self.chunk_size = 65536
 

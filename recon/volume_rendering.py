@@ -12,6 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+FRONT = 8  # samples of a ray evaluated together, front to back
+OPAQUE = 7.0  # optical thickness behind which nothing is seen: exp(-7) < 1e-3
+
+
 @dataclass(frozen=True)
 class Triplane:
     """A batch of scenes in the box [-1, 1]^3. planes: (B, 3, C, H, W) for the coordinate pairs (x,y), (x,z), (z,y);
@@ -156,8 +160,14 @@ def render_occupied(field, occupied, origins, directions, samples):
     x, y, z = ((points + 1) * (resolution / 2)).long().clamp_(0, resolution - 1).unbind(-1)
     inside = occupied.flatten()[(z * resolution + y) * resolution + x]
     density, colour = torch.zeros_like(depths), torch.zeros_like(points)
-    found, shade = field(points[inside][None])
-    density[inside], colour[inside] = found[0], shade[0]
+    optical = torch.zeros_like(depths[:, 0])
+    for first in range(0, samples, FRONT):  # front to back: what lies behind opaque matter is never seen
+        part = slice(first, first + FRONT)
+        inside[:, part] &= (optical < OPAQUE)[:, None]
+        wanted = inside[:, part]
+        found, shade = field(points[:, part][wanted][None])
+        density[:, part][wanted], colour[:, part][wanted] = found[0], shade[0]
+        optical = optical + density[:, part].sum(1) * (far - near)[ray] / samples
     # an interval with one end in empty space takes the colour of its other end
     colour = torch.where(inside[..., None], colour, _nearest_colour(colour, inside))
     rgb[ray], alpha[ray], _ = composite(depths, density, colour)

@@ -50,6 +50,7 @@ def test_golden_run(run):
     assert torch.allclose(trajectory.log_probs_reference, golden(run, "log_probs_reference"), atol=1e-4, rtol=1e-4)
     assert torch.allclose(trajectory.kl(), golden(run, "kl"), atol=1e-4, rtol=1e-4)
     assert (trajectory.kl("analytic") > 0).all()
+    assert torch.equal(trajectory.kl("analytic", skip_last=2), trajectory.kl_analytic[:, :-2].mean(1))
 
 
 def test_golden_embeddings_and_images():

@@ -12,7 +12,7 @@ from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
-from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, t_tail, table
+from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
 from tiny.objects import (
     COLOURS, SHAPES, Primitives, all_captions, build, fixed_views, grid_to_views, parse_caption, random_caption, render,
     views_to_grid,
@@ -184,18 +184,6 @@ def test_colour_shares_see_through_shading():
     views[:, :, 30:50, 10:50] = 0.55 * PALETTE[:, :, None, None]
     assert torch.equal(colour_shares(views), torch.eye(8))
     assert torch.equal(colour_shares(torch.ones(1, 3, 64, 64)), torch.zeros(1, 8))
-
-
-@pytest.mark.parametrize(
-    "t, nu, p",
-    [(0.0, 10, 1.0), (2.228139, 10, 0.05), (4.032143, 5, 0.01), (1.962339, 1000, 0.05), (12.7062, 1, 0.05)])
-def test_p_values_are_those_of_the_tables(t, nu, p):
-    assert t_tail(t, nu) == pytest.approx(p, rel=1e-3)
-
-
-def test_small_p_values_are_exact():
-    """For two degrees of freedom the tail is known: 1 - t / sqrt(2 + t^2)."""
-    assert t_tail(300.0, 2) == pytest.approx(2 / (2 + 300**2) / (1 + 300 / math.sqrt(2 + 300**2)), rel=1e-6)
 
 
 def test_paired_t_test():

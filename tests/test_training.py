@@ -74,7 +74,8 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
         ("validation", 3)]
     assert json.loads((whole_run / "config.json").read_text())["train"]["gradient_accumulation_steps"] == 2
     names = {path.name for path in (whole_run / "samples").iterdir()}
-    assert names == {f"epoch_000{n}.png" for n in (0, 1, 2)} | {f"validation_000{n}.png" for n in (0, 2, 3)}
+    validations = {f"validation_000{n}.png" for n in (0, 2, 3)}
+    assert names == {f"epoch_000{n}.png" for n in (0, 1, 2)} | validations | {"before_after_0003.png"}
     assert np.asarray(Image.open(whole_run / "samples/epoch_0001.png")).std() > 0
     assert np.asarray(Image.open(whole_run / "curves.png")).std() > 0
     validation = np.load(whole_run / "validation/epoch_0003.npz")

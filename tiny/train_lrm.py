@@ -18,7 +18,7 @@ from recon.volume_rendering import render_rays
 from tiny.objects import build, grid_to_views, novel_cameras, random_caption, render, views_to_grid
 from tiny.training import ROOT, WEIGHTS, fit, psnr
 
-COARSE, FINE, RAYS = 16, 16, 512
+COARSE, FINE, RAYS = 16, 16, 640
 
 
 def blurred(views, generator):
