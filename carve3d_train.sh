@@ -42,6 +42,10 @@ power_of_two_up_to() {
     echo "$power"
 }
 
+check() {  # check PROCESSES [trainer flags]: one sentence here instead of one from every process
+    [ -n "${CARVE3D_DRY_RUN:-}" ] || "$VENV_PYTHON" -m config.validate --processes "$@"
+}
+
 start() {
     if [ -n "${CARVE3D_DRY_RUN:-}" ]; then
         echo "OMP_NUM_THREADS=${OMP_NUM_THREADS:-} $*"
@@ -52,6 +56,7 @@ start() {
 
 run_on_this_machine() {  # run_on_this_machine PROCESSES [trainer flags]
     local processes="$1" cores
+    check "$@"
     shift
     if [ "$gpus" -gt 0 ]; then
         local multi=()
@@ -104,6 +109,7 @@ if [ "${nodes:-1}" -gt 1 ]; then
     [ "$gpus" -gt 0 ] || fail "this machine has no GPU that torch can use, and a run on $nodes machines needs them: without GPUs, 'bash carve3d_train.sh' runs the small world"
     per_node="${CARVE3D_PROCESSES:-$gpus}"
     # RANK is the machine's number here; the processes get their own from the launcher
+    check $((nodes * per_node)) "$@"
     rank="$RANK" address="$MASTER_ADDR" port="$MASTER_PORT"
     unset RANK MASTER_ADDR MASTER_PORT
     start "$VENV_PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines "$nodes" \

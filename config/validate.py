@@ -10,6 +10,7 @@ import difflib
 import importlib.util
 import math
 import re
+import sys
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -438,3 +439,21 @@ def _may_be_hub_id(path: str) -> bool:
     """"owner/name" whose first part is no folder here; anything else is a path."""
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) is not None and not (ROOT / path.split("/")[0]).exists() \
         and not Path(path.split("/")[0]).exists()
+
+
+def _command_line() -> None:
+    """`python -m config.validate --processes N --config ...`: one sentence and exit status 1 if a run could not start."""
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    check_flags(sys.argv)
+    config_flags.DEFINE_config_file("config", "config/base.py", "The configuration to check.")
+    flags.DEFINE_integer("processes", 1, "Processes of the run.", lower_bound=1)
+    app.run(lambda _: validate(flags.FLAGS.config, flags.FLAGS.processes) and None)
+
+
+if __name__ == "__main__":
+    try:
+        _command_line()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"carve3d_train: {error}")

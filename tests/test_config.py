@@ -1,6 +1,8 @@
 """Configurations: reached as DDPO users expect, with the paper's values and the same totals on any machine."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -288,3 +290,10 @@ def test_missing_files_are_named(tmp_path):
     config.prompts.train_file = str(tmp_path / "curated" / "kept.txt")
     with pytest.raises(FileNotFoundError, match="config.prompts.train_file.*python -m prompts.curate"):
         validate(complete(config), 1)
+
+
+def test_the_command_line_check_says_one_sentence():
+    command = [sys.executable, "-m", "config.validate", "--processes", "2", "--config", "config/base.py"]
+    result = subprocess.run([*command, "--config.train.learning_rat=1"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 1 and "did you mean config.train.learning_rate" in result.stderr
+    assert "Traceback" not in result.stderr and result.stderr.strip().count("\n") == 0
