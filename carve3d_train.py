@@ -250,7 +250,8 @@ class Run:
         painted and re-rendered before, painted and re-rendered after."""
         files = sorted((self.folder / "validation").glob("epoch_*.npz"))
         before, after = np.load(files[0]), np.load(files[-1])
-        rows = [torch.as_tensor(data[name]) / 255 for data in (before, after) for name in ("views", "renders") if name in data]
+        rows = [torch.as_tensor(data[name]) / 255
+                for data in (before, after) for name in ("views", "renders") if name in data]
         notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in zip(before["rewards"], after["rewards"])]
         self.picture("before_after", self.epochs_done, rows, notes, [str(prompt) for prompt in before["prompts"]])
 

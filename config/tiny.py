@@ -14,9 +14,9 @@ def get_config() -> ConfigDict:
     """64 samples per epoch of 8 steps, whatever the number of processes."""
     config = base.get_config()
 
-    config.num_epochs = 50
-    config.save_freq = 10
-    config.val_freq = 25
+    config.num_epochs = 26
+    config.save_freq = 5
+    config.val_freq = 13
     config.mixed_precision = "bf16"
     config.tracker = "none"
 

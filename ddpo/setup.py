@@ -18,7 +18,8 @@ from diffusers_patch.mv_sdxl import MVSDXL
 from diffusers_patch.policy import LORA_FILE
 from mrc import LPIPS, MRC, jpeg_compressibility, jpeg_incompressibility
 from mrc.bounding_box import foreground_mask
-from recon import camera_disagreement, instant3d_cameras, load_reconstructor, reconstructor_cameras
+from recon import load_reconstructor, reconstructor_cameras
+from recon.cameras import camera_disagreement, instant3d_cameras
 
 PAINTERS = {"mv_sdxl": (MVSDXL, StableDiffusionXLPipeline, instant3d_cameras)}
 JPEG_REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, orbit_cameras
+from recon.cameras import Cameras
 from recon.tiny_lrm import TinyLRM
 
 

@@ -94,7 +94,9 @@ def rays(cameras, size):
     pixel = (torch.arange(size, device=cameras.c2w.device, dtype=cameras.c2w.dtype) + 0.5) / size
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
     fx, fy, cx, cy = cameras.fxfycxcy[..., None].unbind(-2)
-    direction = torch.stack([(x.flatten() - cx) / fx, (y.flatten() - cy) / fy, torch.ones_like(cx + x.flatten())], dim=-1)
+    direction = torch.stack(
+        [(x.flatten() - cx) / fx, (y.flatten() - cy) / fy, torch.ones_like(cx + x.flatten())], dim=-1
+    )
     direction = torch.nn.functional.normalize(direction @ cameras.c2w[..., :3, :3].transpose(-1, -2), dim=-1)
     return cameras.c2w[..., None, :3, 3].expand_as(direction), direction
 
@@ -119,11 +121,17 @@ def camera_disagreement(painter, sculptor, tolerance=1.0):
     turn = painter.azimuth - sculptor.azimuth
     turn = (turn - turn[0] + 180) % 360 - 180
     if turn.abs().max() > tolerance:
-        problems.append(f"azimuths are {_degrees(painter.azimuth)} for the painter, {_degrees(sculptor.azimuth)} for the sculptor")
+        problems.append(
+            f"azimuths are {_degrees(painter.azimuth)} for the painter, {_degrees(sculptor.azimuth)} for the sculptor"
+        )
     if (painter.elevation - sculptor.elevation).abs().max() > tolerance:
-        problems.append(f"elevations are {_degrees(painter.elevation)} for the painter, {_degrees(sculptor.elevation)} for the sculptor")
+        problems.append(
+            f"elevations are {_degrees(painter.elevation)} for the painter, {_degrees(sculptor.elevation)} for the sculptor"
+        )
     if (painter.fov - sculptor.fov).abs().max() > tolerance:
-        problems.append(f"fields of view are {_degrees(painter.fov)} for the painter, {_degrees(sculptor.fov)} for the sculptor")
+        problems.append(
+            f"fields of view are {_degrees(painter.fov)} for the painter, {_degrees(sculptor.fov)} for the sculptor"
+        )
     return problems
 
 

@@ -26,8 +26,12 @@ class ResBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
         self.net = nn.Sequential(
-            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
-            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels),
+            nn.SiLU(),
+            nn.Conv2d(channels, channels, 3, padding=1),
         )
 
     def forward(self, x):
@@ -44,17 +48,35 @@ class TinyLRM(nn.Module):
 
     def __init__(self, width=32, volume=24, voxel_channels=16, plane_width=64, plane_channels=16, hidden=32, layers=3):
         super().__init__()
-        self.config = dict(width=width, volume=volume, voxel_channels=voxel_channels, plane_width=plane_width,
-                           plane_channels=plane_channels, hidden=hidden, layers=layers)
+        self.config = dict(
+            width=width,
+            volume=volume,
+            voxel_channels=voxel_channels,
+            plane_width=plane_width,
+            plane_channels=plane_channels,
+            hidden=hidden,
+            layers=layers,
+        )
         self.stem = nn.Sequential(nn.Conv2d(3, width, 4, stride=2, padding=1), ResBlock(width))
-        self.deep = nn.Sequential(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), ResBlock(2 * width),
-                                  ResBlock(2 * width), nn.Conv2d(2 * width, width, 1))
-        self.voxel = nn.Sequential(nn.Linear(2 * (width + 3) + 1, 2 * width), nn.SiLU(), nn.Linear(2 * width, voxel_channels), nn.SiLU())
+        self.deep = nn.Sequential(
+            nn.Conv2d(width, 2 * width, 4, stride=2, padding=1),
+            ResBlock(2 * width),
+            ResBlock(2 * width),
+            nn.Conv2d(2 * width, width, 1),
+        )
+        self.voxel = nn.Sequential(
+            nn.Linear(2 * (width + 3) + 1, 2 * width), nn.SiLU(), nn.Linear(2 * width, voxel_channels), nn.SiLU()
+        )
         self.fold = nn.ModuleList(nn.Conv2d(voxel_channels * volume, plane_width, 1) for _ in range(3))
         fine = plane_width * 3 // 4
         self.refine = nn.Sequential(
-            ResBlock(plane_width), nn.Upsample(scale_factor=2, mode="bilinear"), nn.Conv2d(plane_width, fine, 3, padding=1),
-            ResBlock(fine), nn.GroupNorm(8, fine), nn.SiLU(), nn.Conv2d(fine, plane_channels, 3, padding=1),
+            ResBlock(plane_width),
+            nn.Upsample(scale_factor=2, mode="bilinear"),
+            nn.Conv2d(plane_width, fine, 3, padding=1),
+            ResBlock(fine),
+            nn.GroupNorm(8, fine),
+            nn.SiLU(),
+            nn.Conv2d(fine, plane_channels, 3, padding=1),
         )
         self.decoder = TriplaneDecoder(3 * plane_channels, hidden, layers)
         self.cameras = self.input_cameras()
@@ -85,7 +107,9 @@ class TinyLRM(nn.Module):
         variance = (lifted - mean[:, None]).square().mean(1)
         mean, variance = mean.transpose(1, 2), variance.transpose(1, 2)
         spread = variance.mean(-1, keepdim=True)  # photo-consistency, the classic cue of space carving
-        volume = self.voxel(torch.cat([mean, variance, spread], -1).to(fine.dtype)).reshape(B, G, G, G, -1)  # z, y, x, channel
+        volume = self.voxel(torch.cat([mean, variance, spread], -1).to(fine.dtype)).reshape(
+            B, G, G, G, -1
+        )  # z, y, x, channel
         folded = (
             volume.permute(0, 4, 1, 2, 3).flatten(1, 2),  # plane (x, y): z joins the channels
             volume.permute(0, 4, 2, 1, 3).flatten(1, 2),  # plane (x, z): rows are z, y joins
@@ -111,7 +135,9 @@ class TinyLRM(nn.Module):
     @torch.no_grad()
     def reconstruct(self, views, cameras):
         """views (B, V, 3, 64, 64) in [0, 1] on white -> Triplane of B scenes."""
-        return Triplane(torch.cat([self.planes(part, cameras).float() for part in views.float().split(RECONSTRUCT_BATCH)]))
+        return Triplane(
+            torch.cat([self.planes(part, cameras).float() for part in views.float().split(RECONSTRUCT_BATCH)])
+        )
 
     @torch.no_grad()
     def render(self, scene, cameras, size):
@@ -123,7 +149,10 @@ class TinyLRM(nn.Module):
             field = self.field(scene.planes[b : b + 1])
             origins, directions = (x.flatten(0, 1) for x in rays(Cameras(cameras.c2w[b], cameras.fxfycxcy[b]), size))
             occupied = occupancy_grid(field, 1, OCCUPANCY, 0.01, origins.device)[0]
-            parts = [render_occupied(field, occupied, o, d, SAMPLES) for o, d in zip(origins.split(self.chunk_size), directions.split(self.chunk_size))]
+            parts = [
+                render_occupied(field, occupied, o, d, SAMPLES)
+                for o, d in zip(origins.split(self.chunk_size), directions.split(self.chunk_size))
+            ]
             colour.append(torch.cat([part[0] for part in parts]))
             alpha.append(torch.cat([part[1] for part in parts]))
         images = torch.stack(colour).reshape(B, M, size, size, 3).permute(0, 1, 4, 2, 3).clamp(0, 1)

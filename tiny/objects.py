@@ -80,7 +80,9 @@ def parse_caption(caption):
     things = [(words[i], words[i + 1]) for i in range(len(words) - 1) if words[i] in COLOURS and words[i + 1] in SHAPES]
     relations = [r for _, r in sorted((caption.find(r), r) for r in ("on top of", "next to") if r in caption)]
     if not things or len(relations) != len(things) - 1:
-        raise ValueError(f"Caption {caption!r} does not describe an object of the small world, e.g. 'a red cube next to a blue cone'.")
+        raise ValueError(
+            f"Caption {caption!r} does not describe an object of the small world, e.g. 'a red cube next to a blue cone'."
+        )
     return things, relations
 
 
@@ -163,7 +165,9 @@ def _intersect(kind, o, d):
             side = _quadratic(dx**2 + dy**2, ox * dx + oy * dy, ox**2 + oy**2 - 0.85**2)
         else:  # cone: x^2 + y^2 = ((1 - z) / 2)^2, apex at z = 1
             h = 1 - oz
-            side = _cone_side(dx**2 + dy**2 - dz**2 / 4, ox * dx + oy * dy + h * dz / 4, ox**2 + oy**2 - h**2 / 4, oz, dz)
+            side = _cone_side(
+                dx**2 + dy**2 - dz**2 / 4, ox * dx + oy * dy + h * dz / 4, ox**2 + oy**2 - h**2 / 4, oz, dz
+            )
         cap = _slab(oz, dz, -1.0, 1.0)
         low, high = torch.stack([side[0], cap[0]], -1), torch.stack([side[1], cap[1]], -1)
         near, far = _interval(low, high)
@@ -196,7 +200,9 @@ def render(objects, cameras, size=VIEW_SIZE, supersample=2):
     if cameras.c2w.ndim == 3:
         cameras = cameras.expand(len(objects))
     # one object at a time keeps the working set in the processor's cache: twice as fast as one batch
-    pictures = torch.stack([_render_one(objects[n], cameras.c2w[n], cameras.fxfycxcy[n], size, supersample) for n in range(len(objects))])
+    pictures = torch.stack(
+        [_render_one(objects[n], cameras.c2w[n], cameras.fxfycxcy[n], size, supersample) for n in range(len(objects))]
+    )
     return pictures[:, :, :3].clamp(0, 1), pictures[:, :, 3:]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from recon.cameras import instant3d_cameras
 from tiny.captions import held_out
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
-from tiny.objects import COLOURS, SHAPES, VIEW_SIZE, build, fixed_views, random_caption, render
+from tiny.objects import COLOURS, SHAPES, build, fixed_views, random_caption, render
 from tiny.train_lrm import blurred, through_vae
 from tiny.training import ROOT, WEIGHTS, fit
 

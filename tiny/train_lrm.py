@@ -56,7 +56,10 @@ def make_loss(vae, batch=6):
     def loss_fn(model, step, generator):
         captions = [random_caption(generator) for _ in range(batch)]
         random = novel_cameras(batch, 4, generator)
-        cameras = Cameras(torch.cat([fixed.expand(batch).c2w, random.c2w], 1), torch.cat([fixed.expand(batch).fxfycxcy, random.fxfycxcy], 1))
+        cameras = Cameras(
+            torch.cat([fixed.expand(batch).c2w, random.c2w], 1),
+            torch.cat([fixed.expand(batch).fxfycxcy, random.fxfycxcy], 1),
+        )
         images, coverage = render(build(captions, generator), cameras)
         views = images[:, :4].clone()
         part = batch // 3
@@ -67,7 +70,9 @@ def make_loss(vae, batch=6):
         jitter = torch.rand(batch, RAYS, COARSE, generator=generator)
         u = (torch.arange(FINE) + torch.rand(batch, RAYS, FINE, generator=generator)) / FINE
         planes = model.planes(views, fixed).float()
-        rgb, alpha = render_rays(model.field(planes), origins, directions, COARSE, FINE, jitter, u.clamp(1e-4, 1 - 1e-4))
+        rgb, alpha = render_rays(
+            model.field(planes), origins, directions, COARSE, FINE, jitter, u.clamp(1e-4, 1 - 1e-4)
+        )
         mse = (rgb - colour).square().mean()
         # the coverage of a pixel is known exactly: it tells white matter from nothing
         truth = (colour.amin(-1) < 0.97).float()
@@ -89,7 +94,10 @@ def evaluate(model, count=32):
         scene = model.reconstruct(views[n : n + 8], fixed)
         result["input"].append(model.render(scene, fixed, 64)[0])
         result["novel"].append(model.render(scene, Cameras(novel.c2w[n : n + 8], novel.fxfycxcy[n : n + 8]), 64)[0])
-    return {"input_psnr": psnr(torch.cat(result["input"]), views), "novel_psnr": psnr(torch.cat(result["novel"]), others)}
+    return {
+        "input_psnr": psnr(torch.cat(result["input"]), views),
+        "novel_psnr": psnr(torch.cat(result["novel"]), others),
+    }
 
 
 def main():
@@ -97,7 +105,9 @@ def main():
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", default=str(ROOT / "runs" / "lrm"))
-    parser.add_argument("--vae", default=str(WEIGHTS / "painter" / "vae"), help="folder of the VAE; '' trains without its round trips")
+    parser.add_argument(
+        "--vae", default=str(WEIGHTS / "painter" / "vae"), help="folder of the VAE; '' trains without its round trips"
+    )
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)

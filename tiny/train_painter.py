@@ -25,19 +25,41 @@ from tiny.training import ROOT, WEIGHTS, fit
 GRID = 128
 MAX_TOKENS = 24
 SCHEDULER_CONFIG = dict(
-    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-    set_alpha_to_one=False, steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing",
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    clip_sample=False,
+    set_alpha_to_one=False,
+    steps_offset=1,
+    prediction_type="v_prediction",
+    timestep_spacing="trailing",
 )
 UNET_CONFIG = dict(
-    sample_size=GRID // 8, in_channels=4, out_channels=4, block_out_channels=[48, 96], layers_per_block=1,
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-    mid_block_type="UNetMidBlock2DCrossAttn", attention_head_dim=[2, 3], transformer_layers_per_block=[1, 1],
-    cross_attention_dim=128, norm_num_groups=16, use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 64,
+    sample_size=GRID // 8,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=[48, 96],
+    layers_per_block=1,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+    mid_block_type="UNetMidBlock2DCrossAttn",
+    attention_head_dim=[2, 3],
+    transformer_layers_per_block=[1, 1],
+    cross_attention_dim=128,
+    norm_num_groups=16,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + 64,
 )
 TEXT_CONFIG = dict(
-    hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-    max_position_embeddings=MAX_TOKENS, projection_dim=64,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=MAX_TOKENS,
+    projection_dim=64,
 )
 
 
@@ -47,7 +69,9 @@ def make_tokenizer(folder):
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    trainer = trainers.BpeTrainer(vocab_size=1000, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000, min_frequency=1, initial_alphabet=letters, end_of_word_suffix="</w>", show_progress=False
+    )
     bpe.train_from_iterator(words, trainer)
     model = json.loads(bpe.to_str())["model"]
     symbols = letters + [letter + "</w>" for letter in letters]
@@ -67,7 +91,12 @@ class Painter(nn.Module):
 
     def __init__(self, tokenizer):
         super().__init__()
-        ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+        ids = dict(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         self.unet = UNet2DConditionModel(**UNET_CONFIG)
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG, **ids, hidden_act="quick_gelu"))
         self.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_CONFIG, **ids, hidden_act="gelu"))
@@ -130,9 +159,15 @@ def make_loss(captions, latents, tokenizer, batch=64):
 
 def assemble(painter, vae, tokenizer):
     return StableDiffusionXLPipeline(
-        vae=vae, unet=painter.unet, text_encoder=painter.text_encoder, text_encoder_2=painter.text_encoder_2,
-        tokenizer=tokenizer, tokenizer_2=tokenizer, scheduler=DDIMScheduler(**SCHEDULER_CONFIG),
-        force_zeros_for_empty_prompt=True, add_watermarker=False,
+        vae=vae,
+        unet=painter.unet,
+        text_encoder=painter.text_encoder,
+        text_encoder_2=painter.text_encoder_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        scheduler=DDIMScheduler(**SCHEDULER_CONFIG),
+        force_zeros_for_empty_prompt=True,
+        add_watermarker=False,
     )
 
 

@@ -16,10 +16,17 @@ from tiny.objects import build, fixed_views, random_caption, views_to_grid
 from tiny.training import ROOT, WEIGHTS, fit, psnr
 
 VAE_CONFIG = dict(
-    in_channels=3, out_channels=3,
-    down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    block_out_channels=[16, 32, 64, 128], layers_per_block=1, latent_channels=4, norm_num_groups=8,
-    sample_size=128, mid_block_add_attention=False, force_upcast=False,
+    in_channels=3,
+    out_channels=3,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    block_out_channels=[16, 32, 64, 128],
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=8,
+    sample_size=128,
+    mid_block_add_attention=False,
+    force_upcast=False,
 )
 
 
@@ -76,7 +83,9 @@ def main():
     save(vae)
     # the latent space is settled now, a painter can start on it; the decoder alone goes on to sharper pictures
     vae.train().decoder.requires_grad_(True)
-    vae = fit(args.folder + "_decoder", vae, make_loss(args.decoder_steps), args.decoder_steps, lr=1.5e-3, ema_decay=0.995)
+    vae = fit(
+        args.folder + "_decoder", vae, make_loss(args.decoder_steps), args.decoder_steps, lr=1.5e-3, ema_decay=0.995
+    )
     save(vae)
 
 

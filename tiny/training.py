@@ -13,7 +13,9 @@ ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
 
 
-def fit(folder, model, loss_fn, steps, lr, ema_decay=0.999, warmup=50, weight_decay=1e-4, save_seconds=60, log_every=25):
+def fit(
+    folder, model, loss_fn, steps, lr, ema_decay=0.999, warmup=50, weight_decay=1e-4, save_seconds=60, log_every=25
+):
     """Train `model` in place with AdamW and a cosine schedule; returns the EMA copy.
 
     loss_fn(model, step, generator) -> (scalar loss, {name: float}) sees a bfloat16 copy of the model (twice as fast as
@@ -38,8 +40,12 @@ def fit(folder, model, loss_fn, steps, lr, ema_decay=0.999, warmup=50, weight_de
 
     def save(step):
         state = {
-            "model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(),
-            "generator": generator.get_state(), "step": step, "seconds": seconds + time.time() - began,
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "generator": generator.get_state(),
+            "step": step,
+            "seconds": seconds + time.time() - began,
         }
         torch.save(state, folder / "checkpoint.tmp")
         os.replace(folder / "checkpoint.tmp", checkpoint)
@@ -67,7 +73,11 @@ def fit(folder, model, loss_fn, steps, lr, ema_decay=0.999, warmup=50, weight_de
             sums[name] = sums.get(name, 0.0) + value
         count += 1
         if (step + 1) % log_every == 0 or step + 1 == steps:
-            line = {"step": step + 1, "seconds": round(seconds + time.time() - began, 1), **{k: v / count for k, v in sums.items()}}
+            line = {
+                "step": step + 1,
+                "seconds": round(seconds + time.time() - began, 1),
+                **{k: v / count for k, v in sums.items()},
+            }
             with open(folder / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
             print(folder.name, " ".join(f"{k} {v:.5g}" for k, v in line.items()), flush=True)
