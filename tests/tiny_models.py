@@ -39,7 +39,7 @@ TEXT = dict(
     hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     max_position_embeddings=24, projection_dim=TEXT_WIDTH,
 )
-LRM = dict(width=8, volume=8, voxel_channels=8, plane_width=16, plane_channels=4, hidden=16)
+LRM = dict(width=8, volume=8, voxel_channels=8, plane_width=32, plane_channels=4, hidden=16)
 PROMPTS = ["a red cube", "a blue sphere", "a green cone", "a yellow cylinder"]
 
 
