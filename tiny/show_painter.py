@@ -1,0 +1,35 @@
+"""The picture of the README: the first 16 validation captions as the clean painter paints them.
+
+    python -m tiny.show_painter         # seconds; writes tiny/pictures/painter.png
+"""
+
+import torch
+
+from config import tiny
+from config.validate import validate
+from ddpo.run_log import sample_picture
+from ddpo.sampling import VALIDATION, generator
+from ddpo.setup import load_painter
+from diffusers_patch.rollout import rollout
+from prompts.dataset import PromptDataset
+from tiny.training import ROOT
+
+COUNT = 16
+
+
+@torch.no_grad()
+def main():
+    config = validate(tiny.get_config(), 1)
+    config.pretrained.lora = ""
+    captions = PromptDataset.from_config(config.prompts).val_set[:COUNT]
+    noise = [generator(0, VALIDATION, i) for i in range(COUNT)]
+    sample = config.sample
+    views = rollout(
+        load_painter(config, "cpu"), captions, sample.num_steps, sample.guidance_scale, sample.eta, noise
+    ).views
+    (ROOT / "pictures").mkdir(exist_ok=True)
+    sample_picture([views], [""] * COUNT, captions).save(ROOT / "pictures" / "painter.png")
+
+
+if __name__ == "__main__":
+    main()
