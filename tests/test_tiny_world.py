@@ -12,6 +12,7 @@ from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
+from tiny.training import WEIGHTS
 from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
 from tiny.objects import (
     COLOURS, SHAPES, Primitives, all_captions, build, fixed_views, grid_to_views, parse_caption, random_caption, render,
@@ -274,3 +275,15 @@ def test_views_that_are_left_out_do_not_count(world):
     use = torch.ones(2, 4, dtype=torch.bool)
     use[:, 3] = False
     assert (caption_agreement(told, views, captions, use) == 1).all()
+
+
+def test_the_shipped_painter_is_an_ordinary_pipeline():
+    from diffusers import StableDiffusionXLPipeline
+
+    pipeline = StableDiffusionXLPipeline.from_pretrained(WEIGHTS / "painter")
+    pipeline.load_lora_weights(WEIGHTS / "painter_defect")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    picture = pipeline("a red cube next to a blue cone", num_inference_steps=4, generator=generator).images[0]
+    foreground = (np.asarray(picture).min(-1) < 240).mean()
+    assert picture.size == (128, 128) and 0.02 < foreground < 0.6

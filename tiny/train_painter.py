@@ -188,7 +188,9 @@ def main():
     painter = Painter(tokenizer)
     painter.unet.set_attn_processor(_plain_attention())
     painter = fit(folder, painter, make_loss(captions, latents, tokenizer), args.steps, lr=1e-3, ema_decay=0.9995)
-    assemble(painter.half(), vae.half(), tokenizer).save_pretrained(WEIGHTS / "painter")
+    painter.unet.half()  # the text encoders stay in float32: transformers loads them in the type they were saved in,
+    # diffusers loads the UNet in float32, and the two must agree for a plain `from_pretrained`
+    assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / "painter")
 
 
 def _plain_attention():
