@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from diffusers_patch.mv_sdxl import split_grid
+from mrc.sanity_rewards import tile_views
 from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
@@ -15,8 +17,7 @@ from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, sp
 from tiny.training import WEIGHTS
 from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
 from tiny.objects import (
-    COLOURS, SHAPES, Primitives, all_captions, build, fixed_views, grid_to_views, parse_caption, random_caption, render,
-    views_to_grid,
+    COLOURS, SHAPES, Primitives, all_captions, build, fixed_views, parse_caption, random_caption, render,
 )
 
 SPLIT = caption_files.split()
@@ -92,8 +93,8 @@ def test_pictures_are_white_outside_and_views_round_trip_through_the_grid(world)
     _, objects, views = world
     images, coverage = render(objects[:4], instant3d_cameras())
     assert (images[(coverage == 0).expand_as(images)] == 1).all()
-    assert torch.equal(grid_to_views(views_to_grid(views)), views)
-    assert torch.equal(views_to_grid(views)[:, :, :64, 64:], views[:, 1])  # reading order
+    assert torch.equal(split_grid(tile_views(views)), views)
+    assert torch.equal(tile_views(views)[:, :, :64, 64:], views[:, 1])  # reading order
 
 
 def test_captions_can_be_parsed_back():

@@ -238,18 +238,6 @@ def novel_cameras(count, views, generator):
     return orbit_cameras(azimuth, elevation, radius=2.7, fov=50.0)
 
 
-def grid_to_views(grid):
-    """(B, 3, 2S, 2S) -> (B, 4, 3, S, S), reading order."""
-    B, C, H, W = grid.shape
-    return grid.reshape(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).reshape(B, 4, C, H // 2, W // 2)
-
-
-def views_to_grid(views):
-    """(B, 4, 3, S, S) -> (B, 3, 2S, 2S), reading order."""
-    B, V, C, H, W = views.shape
-    return views.reshape(B, 2, 2, C, H, W).permute(0, 3, 1, 4, 2, 5).reshape(B, C, 2 * H, 2 * W)
-
-
 def fixed_views(objects):
     """The four Instant3D views of each object: (N, 4, 3, 64, 64)."""
     return render(objects, instant3d_cameras())[0]

@@ -12,10 +12,12 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
+from diffusers_patch.mv_sdxl import split_grid
+from mrc.sanity_rewards import tile_views
 from recon.cameras import Cameras, instant3d_cameras, rays
 from recon.tiny_lrm import TinyLRM
 from recon.volume_rendering import render_rays
-from tiny.objects import build, grid_to_views, novel_cameras, random_caption, render, views_to_grid
+from tiny.objects import build, novel_cameras, random_caption, render
 from tiny.training import ROOT, WEIGHTS, fit, psnr
 
 COARSE, FINE, RAYS = 16, 16, 640
@@ -33,8 +35,8 @@ def blurred(views, generator):
 @torch.no_grad()
 def through_vae(vae, views):
     with torch.autocast("cpu", torch.bfloat16):
-        latents = vae.encode(2 * views_to_grid(views) - 1).latent_dist.mode()
-        return grid_to_views(vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
+        latents = vae.encode(2 * tile_views(views) - 1).latent_dist.mode()
+        return split_grid(vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
 def sample_rays(images, cameras, count, generator):

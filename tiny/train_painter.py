@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from mrc.sanity_rewards import tile_views
 from tiny.captions import held_out
-from tiny.objects import all_captions, build, fixed_views, random_caption, views_to_grid
+from tiny.objects import all_captions, build, fixed_views, random_caption
 from tiny.training import ROOT, WEIGHTS, fit
 
 GRID = 128
@@ -114,7 +115,7 @@ class Painter(nn.Module):
 @torch.no_grad()
 def make_latents(vae, captions, generator):
     """Latents of fresh objects (N, 4, 16, 16), scaled to unit variance."""
-    grids = views_to_grid(fixed_views(build(captions, generator)))
+    grids = tile_views(fixed_views(build(captions, generator)))
     posterior = vae.encode((2 * grids - 1).to(vae.dtype)).latent_dist
     return posterior.mode().float() * vae.config.scaling_factor
 
@@ -122,7 +123,7 @@ def make_latents(vae, captions, generator):
 def training_set(folder, vae, count):
     """Cached captions and latents; an interrupted preparation goes on where it stopped."""
     folder.mkdir(parents=True, exist_ok=True)
-    file, banned, size = folder / "latents.safetensors", held_out(), 500
+    banned, size = held_out(), 500
     parts = []
     for part in range(count // size):
         file = folder / f"latents_{part:03d}.safetensors"

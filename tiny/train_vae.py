@@ -12,7 +12,8 @@ import copy
 import torch
 from diffusers import AutoencoderKL
 
-from tiny.objects import build, fixed_views, random_caption, views_to_grid
+from mrc.sanity_rewards import tile_views
+from tiny.objects import build, fixed_views, random_caption
 from tiny.training import ROOT, WEIGHTS, fit, psnr
 
 VAE_CONFIG = dict(
@@ -46,7 +47,7 @@ def make_loss(steps, batch=16):
         if step < 0.8 * steps:
             x = pictures(generator, batch)
         else:
-            x = views_to_grid(fixed_views(build([random_caption(generator) for _ in range(batch // 4)], generator)))
+            x = tile_views(fixed_views(build([random_caption(generator) for _ in range(batch // 4)], generator)))
         x = 2 * x - 1
         posterior = model.encode(x.bfloat16()).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
@@ -64,7 +65,7 @@ def evaluate(vae, count=64):
     """PSNR in dB of round trips of held-out grids (seed not used in training)."""
     generator = torch.Generator().manual_seed(10_000)
     captions = [random_caption(generator) for _ in range(count)]
-    x = views_to_grid(fixed_views(build(captions, generator)))
+    x = tile_views(fixed_views(build(captions, generator)))
     z = torch.cat([vae.encode(2 * part - 1).latent_dist.mode() for part in x.split(8)])
     y = torch.cat([vae.decode(part).sample for part in z.split(8)]) / 2 + 0.5
     return {"psnr": psnr(y, x), "latent_std": float(z.std()), "latent_mean": z.mean((0, 2, 3)).tolist()}
