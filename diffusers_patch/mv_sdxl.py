@@ -29,6 +29,10 @@ class MVSDXL(MultiViewPolicy):
             prompts, device=self.device, do_classifier_free_guidance=False)
         return {"prompt_embeds": embeds, "pooled": pooled}
 
+    def _unconditional(self, conditioning):
+        # SDXL was trained with zeros in place of a dropped caption
+        return {name: torch.zeros_like(value) for name, value in conditioning.items()}
+
     def _unet(self, unet, latents, timesteps, conditioning):
         size = self.image_size  # original size, crop corner, target size, all of the whole grid
         time_ids = torch.tensor([size, size, 0, 0, size, size], device=latents.device, dtype=unet.dtype)

@@ -39,7 +39,8 @@ class MultiViewPolicy:
     cameras: where the V views stand (any object; the trainer compares it with the reconstructor's).
     guidance_rescale: 0 = plain guidance (Lin et al. 2023, section 3.4, for values up to 1).
 
-    Subclasses provide `encode(prompts) -> conditioning`, `decode(latents) -> views`, `latent_shape` (of one sample) and
+    Subclasses provide `_encode(prompts) -> conditioning`, `_unconditional(conditioning)` of the same shapes for the other
+    branch of the guidance, `decode(latents) -> views`, `latent_shape` (of one sample) and
     `_unet(unet, latents, timesteps, conditioning)`; conditioning is a dict of (B, ...) tensors.
     """
 
@@ -68,9 +69,12 @@ class MultiViewPolicy:
             torch.nn.Module.to(model, device, torch.float32 if keep else dtype)
         if torch.device(device).type == "cpu":
             # the backward pass of fused attention is slower on CPUs than plain matrix products
-            self.unet.set_attn_processor(AttnProcessor())
+            self._set_attention(self.unet, AttnProcessor())
         self._float_trainable()
         return self
+
+    def _set_attention(self, unet, processor):
+        unet.set_attn_processor(processor)
 
     # -- what is trained --------------------------------------------------------------------------------------------
 
@@ -155,7 +159,7 @@ class MultiViewPolicy:
     def predict(self, latents, timesteps, conditioning, guidance_scale, reference=False):
         """The UNet's output after classifier-free guidance, float32, shape of `latents` (B, ...).
 
-        timesteps: (B,). The unconditional branch has zeros for all embeddings. reference: the frozen base model.
+        timesteps: (B,). reference: the frozen base model.
         guidance_scale 1 skips the unconditional branch."""
         unet = self.unet
         if reference and self.reference_unet is not None:
@@ -163,7 +167,8 @@ class MultiViewPolicy:
         with self._reference_mode(reference), self._autocast():
             if guidance_scale == 1.0:
                 return self._unet(unet, latents, timesteps, conditioning).float()
-            both = {name: torch.cat([torch.zeros_like(value), value]) for name, value in conditioning.items()}
+            nothing = self._unconditional(conditioning)
+            both = {name: torch.cat([nothing[name], value]) for name, value in conditioning.items()}
             output = self._unet(unet, torch.cat([latents] * 2), torch.cat([timesteps] * 2), both).float()
         unconditional, conditional = output.chunk(2)
         guided = unconditional + guidance_scale * (conditional - unconditional)

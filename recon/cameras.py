@@ -87,6 +87,24 @@ def instant3d_cameras():
     return orbit_cameras([225.0, 315.0, 45.0, 135.0], 20.0, radius=2.7, fov=50.0)
 
 
+def mvdream_cameras(elevation=0.0, azimuth_start=0.0):
+    """MVDream's four views: azimuths `azimuth_start` + 0, 90, 180, 270 degrees as MVDream counts them (90 more than
+    here), at `elevation` degrees above the horizon.
+
+    MVDream's own cameras are directions only; radius 1.5 and field of view 49.1 degrees are those of LGM, which its
+    views are commonly given to."""
+    azimuth = torch.tensor([0.0, 90.0, 180.0, 270.0]) + azimuth_start - 90.0
+    return orbit_cameras(azimuth, elevation, radius=1.5, fov=49.1)
+
+
+def mvdream_camera_vectors(cameras):
+    """What MVDream's UNet is told of `cameras` (..., V): (..., V, 16), row-major camera-to-world matrices with OpenGL
+    axes (y up, z backward) and positions on the unit sphere."""
+    c2w = cameras.c2w * torch.tensor([1.0, -1.0, -1.0, 1.0], device=cameras.c2w.device)
+    position = torch.nn.functional.normalize(c2w[..., :3, 3:], dim=-2)
+    return torch.cat([torch.cat([c2w[..., :3, :3], position], -1), c2w[..., 3:, :]], -2).flatten(-2)
+
+
 def rays(cameras, size):
     """Rays through the pixel centres of square images, row by row.
 

@@ -1,0 +1,127 @@
+"""MVDream against what the public implementation computes with small random weights."""
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDIMScheduler
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
+from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let_views_attend
+from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
+
+GOLDEN = Path(__file__).parent / "golden"
+MANIFEST = json.loads((GOLDEN / "mvdream_manifest.json").read_text())
+SCHEDULER = DDIMScheduler(
+    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
+    set_alpha_to_one=False)
+
+
+def golden_unet(name):
+    """The tiny UNet `name`, and the file's other tensors."""
+    file = GOLDEN / f"mvdream_tiny_{name}.safetensors"
+    with safe_open(file, "pt") as header:
+        config = json.loads(header.metadata()["stock_config"])
+    data = load_file(file)
+    weights = {key[2:]: value.float() for key, value in data.items() if key.startswith("w/")}
+    return convert_mvdream_unet(weights, **config).eval(), data
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("views, output", [(4, "out/eps"), (1, "out/eps_num_frames_1")])
+def test_tiny_unets(name, views, output):
+    unet, data = golden_unet(name)
+    let_views_attend(unet, views=views)
+    with torch.no_grad():
+        ours = unet(data["in/latents"], data["in/timesteps"], data["in/context"], class_labels=data["in/camera"]).sample
+    assert (ours - data[output]).abs().max() < 2e-5
+
+
+def test_without_cameras_it_refuses():
+    unet, data = golden_unet("b")
+    with pytest.raises(ValueError, match="class_labels"):
+        unet(data["in/latents"], data["in/timesteps"], data["in/context"])
+
+
+def on_meta(manifest):
+    return {key: torch.empty(shape, device="meta") for key, shape in manifest.items()}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_the_full_size_has_the_published_keys_and_shapes(prefix):
+    unet = convert_mvdream_unet({prefix + key: value for key, value in on_meta(MANIFEST["ldm"]).items()})
+    assert {key: list(value.shape) for key, value in unet.state_dict().items()} == MANIFEST["stock"]
+    assert {ldm_name(key, unet.config): key for key in unet.state_dict()} == MANIFEST["names"]
+    assert len(MANIFEST["names"]) == 690
+
+
+def test_weights_that_are_missing_unknown_or_of_another_shape_are_listed():
+    weights = on_meta(MANIFEST["ldm"])
+    del weights["camera_embed.0.weight"]
+    weights["image_embed.proj.weight"] = torch.empty(3, device="meta")
+    weights["out.2.bias"] = torch.empty(8, device="meta")
+    with pytest.raises(ValueError) as error:
+        convert_mvdream_unet(weights)
+    for part in ("1 missing (camera_embed.0.weight)", "1 unknown (image_embed.proj.weight)",
+                 "1 of another shape (out.2.bias: (8,) instead of (4,))"):
+        assert part in str(error.value)
+
+
+def golden_policy():
+    """The tiny UNet a as a policy on the conditioning of the golden trajectories."""
+    unet, _ = golden_unet("a")
+    data = load_file(GOLDEN / "mvdream_tiny_a_ddim.safetensors")
+    model = torch.nn.Identity()
+    policy = MVDream(SimpleNamespace(unet=unet, vae=model, text_encoder=model, scheduler=SCHEDULER),
+                     mvdream_cameras(elevation=0.0, azimuth_start=90.0))
+    policy._negative = data["in/uncond_context"][:1]
+    return policy, data
+
+
+@pytest.mark.parametrize("steps, eta, guidance", [(5, 0.0, 7.5), (4, 1.0, 5.0)])
+def test_ddim_trajectories_with_guidance(steps, eta, guidance):
+    policy, data = golden_policy()
+    name = f"ddim_S{steps}_eta{eta:.0f}_cfg{guidance:g}"
+    x = data["in/x_T"].unflatten(0, (2, 4))
+    assert (mvdream_camera_vectors(policy.cameras).repeat(2, 1) - data["in/camera"]).abs().max() < 1e-6
+    conditioning = {"prompt_embeds": data["in/context"][::4]}
+    SCHEDULER.set_timesteps(steps)
+    with torch.no_grad():
+        for i, t in enumerate(SCHEDULER.timesteps):
+            output = policy.predict(x, t.expand(2), conditioning, guidance)
+            deterministic, _ = ddim_step_with_logprob(SCHEDULER, output, t, x, eta=0.0) if eta == 0 else (None, None)
+            if eta:
+                from diffusers_patch.ddim_with_logprob import ddim_mean_std
+
+                mean, std = ddim_mean_std(SCHEDULER, output, t.expand(2), x, eta)
+                x = mean + std * data[f"in/noise_{name}"][i].unflatten(0, (2, 4))
+                assert (x.flatten(0, 1) - data[f"traj/{name}"][i]).abs().max() < 5e-4
+            else:
+                x = deterministic
+    assert (x.flatten(0, 1) - data[f"out/{name}"]).abs().max() < 5e-4
+
+
+def test_cameras_are_those_of_the_public_code():
+    for name, vectors in load_file(GOLDEN / "mvdream_cameras.safetensors").items():
+        if name.startswith("blender/"):
+            elevation, azimuth = (float(number) for number in name.removeprefix("blender/elev").split("_az"))
+            assert (mvdream_camera_vectors(mvdream_cameras(elevation, azimuth)) - vectors).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("elevation", [0.0, 15.0, 30.0])
+@pytest.mark.parametrize("azimuth", [0.0, 45.0, 90.0])
+def test_cameras_see_known_points_where_they_should(elevation, azimuth):
+    cameras = mvdream_cameras(elevation, azimuth)
+    up, centre = torch.tensor([0.0, 0.0, 0.2]), torch.zeros(3)
+    beside = torch.stack([torch.deg2rad(cameras.azimuth + 90).cos(), torch.deg2rad(cameras.azimuth + 90).sin(),
+                          torch.zeros(4)], -1) * 0.2  # of each camera: a point to its right
+    for view in range(4):
+        at, depth = project(torch.stack([centre, up, beside[view]]), Cameras(cameras.c2w[view:view + 1], cameras.fxfycxcy[view:view + 1]))
+        at = at[0]
+        assert torch.allclose(at[0], torch.tensor([0.5, 0.5]), atol=1e-5) and abs(depth[0, 0] - 1.5) < 1e-5
+        assert abs(at[1, 0] - 0.5) < 1e-5 and at[1, 1] < 0.45  # up is up in the image
+        assert at[2, 0] > 0.55 and abs(at[2, 1] - 0.5) < 1e-5
