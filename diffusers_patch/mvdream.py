@@ -12,7 +12,6 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_patch.policy import MultiViewPolicy
-from recon.cameras import mvdream_camera_vectors
 
 VIEWS = 4
 DECODE_BATCH = 8  # samples decoded at a time: bounds the memory of the VAE
@@ -122,11 +121,12 @@ class MVDream(MultiViewPolicy):
     """A stock `StableDiffusionPipeline` whose UNet takes cameras, as a multi-view policy. Latents are (B, 4, 4, h, w),
     views first: the four of a sample are one action.
 
-    negative_prompt: what the unconditional branch of the guidance is told."""
+    camera_vectors: (4, 16), what the UNet is told of `cameras`; negative_prompt: what the unconditional branch of the
+    guidance is told."""
 
-    def __init__(self, pipeline, cameras, guidance_rescale=0.0, negative_prompt=""):
+    def __init__(self, pipeline, cameras, camera_vectors, guidance_rescale=0.0, negative_prompt=""):
         super().__init__(pipeline, cameras, guidance_rescale)
-        self.negative_prompt, self._negative = negative_prompt, None
+        self.camera_vectors, self.negative_prompt, self._negative = camera_vectors, negative_prompt, None
         self._set_attention(self.unet, None)
 
     def _text_encoders(self):
@@ -153,7 +153,7 @@ class MVDream(MultiViewPolicy):
 
     def _unet(self, unet, latents, timesteps, conditioning):
         B = len(latents)
-        vectors = mvdream_camera_vectors(self.cameras).to(latents.device, unet.dtype).repeat(B, 1)
+        vectors = self.camera_vectors.to(latents.device, unet.dtype).repeat(B, 1)
         embeds = conditioning["prompt_embeds"].to(unet.dtype).repeat_interleave(VIEWS, 0)
         output = unet(latents.flatten(0, 1).to(unet.dtype), timesteps.repeat_interleave(VIEWS), embeds,
                       class_labels=vectors).sample

@@ -6,13 +6,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
+from diffusers_patch import mvdream_checkpoints
+from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let_views_attend
+from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
+from tiny.train_painter import make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "mvdream_manifest.json").read_text())
@@ -76,8 +79,9 @@ def golden_policy():
     unet, _ = golden_unet("a")
     data = load_file(GOLDEN / "mvdream_tiny_a_ddim.safetensors")
     model = torch.nn.Identity()
+    cameras = mvdream_cameras(elevation=0.0, azimuth_start=90.0)
     policy = MVDream(SimpleNamespace(unet=unet, vae=model, text_encoder=model, scheduler=SCHEDULER),
-                     mvdream_cameras(elevation=0.0, azimuth_start=90.0))
+                     cameras, mvdream_camera_vectors(cameras))
     policy._negative = data["in/uncond_context"][:1]
     return policy, data
 
@@ -92,16 +96,12 @@ def test_ddim_trajectories_with_guidance(steps, eta, guidance):
     SCHEDULER.set_timesteps(steps)
     with torch.no_grad():
         for i, t in enumerate(SCHEDULER.timesteps):
-            output = policy.predict(x, t.expand(2), conditioning, guidance)
-            deterministic, _ = ddim_step_with_logprob(SCHEDULER, output, t, x, eta=0.0) if eta == 0 else (None, None)
-            if eta:
-                from diffusers_patch.ddim_with_logprob import ddim_mean_std
-
-                mean, std = ddim_mean_std(SCHEDULER, output, t.expand(2), x, eta)
+            t = t.expand(2)
+            mean, std = ddim_mean_std(SCHEDULER, policy.predict(x, t, conditioning, guidance), t, x, eta)
+            x = mean
+            if eta > 0:
                 x = mean + std * data[f"in/noise_{name}"][i].unflatten(0, (2, 4))
                 assert (x.flatten(0, 1) - data[f"traj/{name}"][i]).abs().max() < 5e-4
-            else:
-                x = deterministic
     assert (x.flatten(0, 1) - data[f"out/{name}"]).abs().max() < 5e-4
 
 
@@ -125,3 +125,116 @@ def test_cameras_see_known_points_where_they_should(elevation, azimuth):
         assert torch.allclose(at[0], torch.tensor([0.5, 0.5]), atol=1e-5) and abs(depth[0, 0] - 1.5) < 1e-5
         assert abs(at[1, 0] - 0.5) < 1e-5 and at[1, 1] < 0.45  # up is up in the image
         assert at[2, 0] > 0.55 and abs(at[2, 1] - 0.5) < 1e-5
+
+
+# -- the public layouts ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ldm():
+    """A small checkpoint under ldm's names: weights, UNet config, VAE config, text encoder config, goldens."""
+    file = GOLDEN / "ldm_vae_openclip.safetensors"
+    with safe_open(file, "pt") as header:
+        configs = {name: json.loads(value) for name, value in header.metadata().items()}
+    data = load_file(file)
+    unet_file = GOLDEN / "mvdream_tiny_b.safetensors"
+    with safe_open(unet_file, "pt") as header:
+        configs["unet"] = json.loads(header.metadata()["stock_config"])
+        configs["ldm_unet"] = json.loads(header.metadata()["unet_config"])
+    weights = {key: value for key, value in data.items() if not key.startswith("golden/")}
+    for key, value in load_file(unet_file).items():
+        if key.startswith("w/"):
+            weights["model.diffusion_model." + key[2:]] = value
+    text = {key: configs["text_encoder"][key] for key in (
+        "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "bos_token_id", "eos_token_id")}
+    configs["text_encoder"] = text | {"num_hidden_layers": configs["text_encoder"]["num_hidden_layers"] - 1}
+    golden = {key.removeprefix("golden/"): value for key, value in data.items() if key.startswith("golden/")}
+    return SimpleNamespace(weights=weights, golden=golden, **configs)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(folder)
+    return folder
+
+
+def from_ldm(ldm, file, tokenizer):
+    return load_mvdream_pipeline(file, tokenizer=str(tokenizer), unet=ldm.unet, vae=ldm.vae, text_encoder=ldm.text_encoder)
+
+
+def same_unet(pipeline, ldm):
+    reference = convert_mvdream_unet(
+        {key: value for key, value in ldm.weights.items() if key.startswith("model.")}, **ldm.unet).state_dict()
+    return all(torch.equal(value.float(), reference[key].float()) for key, value in pipeline.unet.state_dict().items())
+
+
+def test_an_ldm_file_gives_every_part(ldm, tokenizer, tmp_path):
+    file = tmp_path / "sd-v2.1-base-4view.pt"
+    torch.save({"state_dict": ldm.weights}, file)
+    pipeline = from_ldm(ldm, file, tokenizer)
+    assert same_unet(pipeline, ldm)
+    golden = ldm.golden
+    with torch.no_grad():
+        image = pipeline.vae.float().decode(golden["vae/in_z"]).sample
+        penultimate = pipeline.text_encoder.float()(golden["text/tokens_openclip"], output_hidden_states=True)
+    assert (image - golden["vae/out_image"]).abs().max() < 2e-5
+    assert (penultimate.hidden_states[-1] - golden["text/openclip_penultimate"]).abs().max() < 2e-5
+
+
+def ashawkey_folder(ldm, pipeline, folder):
+    """`pipeline` in the layout of ashawkey/mvdream-sd2.1-diffusers."""
+    pipeline.save_pretrained(folder)
+    for old in (folder / "unet").iterdir():
+        old.unlink()
+    prefix = "model.diffusion_model."
+    save_file({key.removeprefix(prefix): value.contiguous() for key, value in ldm.weights.items() if key.startswith(prefix)},
+              folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "MultiViewUNetModel", **ldm.ldm_unet}))
+    return folder
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+    monkeypatch.setattr("socket.getaddrinfo", refuse)
+
+
+def test_the_three_layouts_are_the_same_painter(ldm, tokenizer, tmp_path, offline):
+    file = tmp_path / "sd-v2.1-base-4view.pt"
+    torch.save(ldm.weights, file)
+    first = from_ldm(ldm, file, tokenizer)
+    second = load_mvdream_pipeline(ashawkey_folder(ldm, first, tmp_path / "ashawkey"))
+    second.save_pretrained(tmp_path / "stock")
+    third = load_mvdream_pipeline(tmp_path / "stock")
+    for pipeline in (second, third):
+        assert same_unet(pipeline, ldm)
+        for part in ("vae", "text_encoder"):
+            ours, wanted = getattr(pipeline, part).state_dict(), getattr(first, part).state_dict()
+            assert all(torch.equal(ours[key].float(), wanted[key].float()) for key in wanted)
+
+
+def test_the_command_writes_a_stock_pipeline(ldm, tokenizer, tmp_path, monkeypatch, offline):
+    file = tmp_path / "sd-v2.1-base-4view.pt"
+    torch.save(ldm.weights, file)
+    source = ashawkey_folder(ldm, from_ldm(ldm, file, tokenizer), tmp_path / "ashawkey")
+    monkeypatch.setattr("sys.argv", ["mvdream_checkpoints", str(source), str(tmp_path / "stock")])
+    mvdream_checkpoints.main()
+    assert same_unet(StableDiffusionPipeline.from_pretrained(tmp_path / "stock", local_files_only=True), ldm)
+
+
+@pytest.mark.parametrize("what, message", [
+    ("truncated", "download it again"), ("code", "could not be read"), ("another", "model.diffusion_model"),
+    ("no tokenizer", "has no vocab.json")])
+def test_bad_files_get_one_sentence(ldm, tokenizer, tmp_path, what, message):
+    file = tmp_path / "sd-v2.1-base-4view.pt"
+    torch.save(ldm.weights if what != "another" else {"linear.weight": torch.ones(2)}, file)
+    if what == "truncated":
+        file.write_bytes(file.read_bytes()[:100_000])
+    if what == "code":
+        torch.save({"state_dict": GOLDEN}, file)  # an object that only its own class can read
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        from_ldm(ldm, file, tmp_path if what == "no tokenizer" else tokenizer)
