@@ -54,14 +54,24 @@ def get_config() -> ConfigDict:
 
     ###### Painter: the multi-view diffusion model that is finetuned ######
     config.painter = ConfigDict()
-    # Which kind of multi-view model: "mv_sdxl" = SDXL that paints 4 views as a 2x2 grid (Instant3D style).
+    # Which kind of multi-view model: "mv_sdxl" = SDXL that paints 4 views as a 2x2 grid (Instant3D style), "mvdream" =
+    # SD 2.1 that paints 4 separate views which attend to each other, from cameras it is told.
     config.painter.name = "mv_sdxl"
+    # Only "mvdream": height of its cameras above the horizon, degrees, (-90, 90); it was trained on 0 to 30.
+    config.painter.elevation = 0.0
+    # Only "mvdream": azimuth of its first camera, degrees as MVDream counts them; the others follow every 90.
+    config.painter.azimuth_start = 0.0
+    # Only "mvdream": what the unconditional branch of the guidance is told. (SDXL gets zeros there.)
+    config.painter.negative_prompt = ""
 
     config.pretrained = ConfigDict()
-    # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model". Must be given.
+    # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model"; for "mvdream" also the
+    # original file sd-v2.1-base-4view.pt. Must be given.
     config.pretrained.model = ""
     # Branch, tag or commit of a hub id; ignored for a folder.
     config.pretrained.revision = "main"
+    # Folder with CLIP's tokenizer, needed only for that .pt file, which has none.
+    config.pretrained.tokenizer = ""
     # Folder of a LoRA that is fused into the painter before anything else, so that painter + LoRA is the base model
     # (and the KL reference) of this run. "" = none.
     config.pretrained.lora = ""

@@ -28,7 +28,7 @@ CHOICES = {
     "tracker": ("wandb", "tensorboard", "none"),
     "reward_fn": ("mrc", "jpeg_compressibility", "jpeg_incompressibility"),
     "kl_estimator": ("log_ratio", "analytic"),
-    "painter.name": ("mv_sdxl",),
+    "painter.name": ("mv_sdxl", "mvdream"),
     "lora.targets": ("attention", "attention+conv"),
     "train.timestep_weighting": ("uniform", "noise"),
     "recon.name": ("tiny_lrm",),
@@ -42,6 +42,8 @@ RANGES = {
     "save_freq": "[1, inf)",
     "val_freq": "[1, inf)",
     "num_checkpoint_limit": "[1, inf)",
+    "painter.elevation": "(-90, 90)",
+    "painter.azimuth_start": "[-360, 360]",
     "lora.rank": "[1, inf)",
     "prompts.num_train": "[0, inf)",
     "sample.num_steps": "[1, 1000]",
@@ -112,6 +114,7 @@ def validate(config: ConfigDict, num_processes: int, device_type: str | None = N
     _check_train_batch_fits(config)
     _check_batches(config, num_processes)
     _check_steps(config)
+    _check_painter(config)
     _check_statistics_and_kl(config)
     _check_precision(config, device_type)
     _check_required(config)
@@ -152,7 +155,7 @@ def resolve(config: ConfigDict, num_processes: int) -> ConfigDict:
         config.per_prompt_stat_tracking = None
 
     for key in ("prompts.train_file", "prompts.val_file", "prompts.test_file", "pretrained.model", "pretrained.lora",
-                "recon.checkpoint", "mrc.lpips_checkpoint"):
+                "pretrained.tokenizer", "recon.checkpoint", "mrc.lpips_checkpoint"):
         section, name = key.split(".")
         path = config[section][name]
         if path and not Path(path).exists() and (ROOT / path).exists():
@@ -291,6 +294,15 @@ def _check_steps(config: ConfigDict) -> None:
     if train.kl_per_update > 0 and train.kl_calibration_updates > max(total_updates, 1):
         raise ValueError(f"config.train.kl_calibration_updates is {train.kl_calibration_updates}, more than the "
                          f"{total_updates} updates of the run: lower it or raise config.num_epochs")
+
+
+def _check_painter(config: ConfigDict) -> None:
+    """Keys of the one painter that are set for the other would be ignored in silence."""
+    default = base.get_config().painter
+    for key in ("elevation", "azimuth_start", "negative_prompt"):
+        if config.painter.name != "mvdream" and config.painter[key] != default[key]:
+            raise ValueError(f"config.painter.{key} is {config.painter[key]!r}, which only the painter 'mvdream' can "
+                             f"follow: set config.painter.name to 'mvdream', or leave the key out")
 
 
 def _check_statistics_and_kl(config: ConfigDict) -> None:

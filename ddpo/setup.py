@@ -4,6 +4,7 @@ import netrc
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 from urllib.parse import urlsplit
 
 import torch
@@ -15,13 +16,50 @@ from transformers.utils import logging as transformers_logging
 
 from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
+from diffusers_patch.mvdream import MVDream
+from diffusers_patch.mvdream_checkpoints import SCHEDULER, load_mvdream_pipeline
 from diffusers_patch.policy import LORA_FILE
 from mrc import LPIPS, MRC, jpeg_compressibility, jpeg_incompressibility
 from mrc.bounding_box import foreground_mask
 from recon import load_reconstructor, reconstructor_cameras
-from recon.cameras import camera_disagreement, instant3d_cameras
+from recon.cameras import camera_disagreement, instant3d_cameras, mvdream_camera_vectors, mvdream_cameras
 
-PAINTERS = {"mv_sdxl": (MVSDXL, StableDiffusionXLPipeline, instant3d_cameras)}
+
+@dataclass(frozen=True)
+class Painter:
+    """How one kind of painter is made.
+
+    cameras: config.painter -> where its views stand, known before anything is loaded; pipeline: (config.pretrained,
+    scheduler) -> stock diffusers pipeline; policy: (pipeline, cameras, config) -> MultiViewPolicy."""
+
+    cameras: Callable
+    pipeline: Callable
+    policy: Callable
+    camera_hint: str = ""  # what can be changed if the cameras do not fit
+
+
+def _sdxl_pipeline(pretrained, scheduler):
+    return StableDiffusionXLPipeline.from_pretrained(
+        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False)
+
+
+def _mvdream_pipeline(pretrained, scheduler):
+    return load_mvdream_pipeline(pretrained.model, pretrained.revision, pretrained.tokenizer, scheduler)
+
+
+def _mvdream_policy(pipeline, cameras, config):
+    return MVDream(pipeline, cameras, mvdream_camera_vectors(cameras), config.sample.guidance_rescale,
+                   config.painter.negative_prompt)
+
+
+PAINTERS = {
+    "mv_sdxl": Painter(
+        cameras=lambda painter: instant3d_cameras(), pipeline=_sdxl_pipeline,
+        policy=lambda pipeline, cameras, config: MVSDXL(pipeline, cameras, config.sample.guidance_rescale)),
+    "mvdream": Painter(
+        cameras=lambda painter: mvdream_cameras(painter.elevation, painter.azimuth_start), pipeline=_mvdream_pipeline,
+        policy=_mvdream_policy, camera_hint="set config.painter.elevation to the sculptor's, or "),
+}
 JPEG_REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}
 
 
@@ -63,33 +101,41 @@ def check_cameras(config):
     """Raise ValueError if painter and sculptor look from different places. Nothing is loaded."""
     if config.reward_fn != "mrc":
         return
-    problems = camera_disagreement(PAINTERS[config.painter.name][2](), reconstructor_cameras(config.recon))
+    painter = PAINTERS[config.painter.name]
+    problems = camera_disagreement(painter.cameras(config.painter), reconstructor_cameras(config.recon))
     if problems:
         raise ValueError(f"The painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit "
-                         f"together: {'; '.join(problems)}. Choose another config.recon.name or config.painter.name.")
+                         f"together: {'; '.join(problems)}; {painter.camera_hint}choose another config.recon.name or "
+                         f"config.painter.name.")
 
 
 def load_painter(config, device):
     """The multi-view policy of `config`, on `device`, without anything trainable yet.
 
     Raises ValueError or FileNotFoundError, before the large files are read where that is possible."""
-    policy_class, pipeline_class, cameras = PAINTERS[config.painter.name]
+    painter = PAINTERS[config.painter.name]
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # of reading files; downloads keep theirs
-    source = dict(pretrained_model_name_or_path=config.pretrained.model, revision=config.pretrained.revision)
     try:
-        scheduler = DDIMScheduler.from_pretrained(**source, subfolder="scheduler")
+        scheduler = load_scheduler(config.pretrained)
         scheduler.set_timesteps(config.sample.num_steps)
         check_scheduler(scheduler)
-        pipeline = pipeline_class.from_pretrained(**source, scheduler=scheduler, add_watermarker=False)
+        pipeline = painter.pipeline(config.pretrained, scheduler)
     except OSError as error:
         raise FileNotFoundError(f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a "
                                 f"diffusers pipeline ({error}): give a pipeline folder or a hub id.") from error
     pipeline.set_progress_bar_config(disable=True)
     if config.pretrained.lora:
         fuse_lora(pipeline, config.pretrained.lora)
-    policy = policy_class(pipeline, cameras(), guidance_rescale=config.sample.guidance_rescale)
+    policy = painter.policy(pipeline, painter.cameras(config.painter), config)
     return policy.to(device, config.mixed_precision)
+
+
+def load_scheduler(pretrained):
+    """The DDIM scheduler of the painter; an ldm file has none of its own and gets Stable Diffusion's."""
+    if Path(pretrained.model).is_file():
+        return DDIMScheduler(**SCHEDULER)
+    return DDIMScheduler.from_pretrained(pretrained.model, revision=pretrained.revision, subfolder="scheduler")
 
 
 def fuse_lora(pipeline, folder):

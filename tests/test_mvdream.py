@@ -10,11 +10,17 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from config import base
+from config.validate import validate
+from ddpo.checkpoint import checkpoints
+from ddpo.setup import check_cameras, load_painter
 from diffusers_patch import mvdream_checkpoints
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let_views_attend
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
+from tests import children
+from tests.tiny_models import LATENT, make_mvdream, make_world, settings
 from tiny.train_painter import make_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -238,3 +244,104 @@ def test_bad_files_get_one_sentence(ldm, tokenizer, tmp_path, what, message):
         torch.save({"state_dict": GOLDEN}, file)  # an object that only its own class can read
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         from_ldm(ldm, file, tmp_path if what == "no tokenizer" else tokenizer)
+
+
+# -- in the trainer -------------------------------------------------------------------------------------------------
+
+AS_MVDREAM = dict(painter__name="mvdream", painter__elevation=20.0, painter__azimuth_start=315.0)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_mvdream(make_world(tmp_path_factory.mktemp("world")))
+
+
+@pytest.fixture(scope="module")
+def mvdream_run(world, tmp_path_factory):
+    """Samples are painted and learnt one by one, so that both see the same batches."""
+    logdir = tmp_path_factory.mktemp("run")
+    values = settings(world, logdir, **AS_MVDREAM, pretrained__model=str(world / "mvdream"), num_epochs=2,
+                      sample__batch_size=1, train__batch_size=1, sample__total_batch_size=4, train__total_batch_size=4,
+                      per_prompt_stat_tracking__min_count=1)
+    assert children.run(children.train, values) == 0
+    return logdir / "run"
+
+
+def test_on_policy_ratios_are_one_to_the_last_bit(mvdream_run):
+    lines = [json.loads(line) for line in (mvdream_run / "metrics.jsonl").read_text().splitlines()]
+    (update,) = [line for line in lines if line["kind"] == "update"]
+    assert update["ratio_min"] == update["ratio_max"] == 1 and update["approx_kl"] == 0
+    assert update["grad_norm"] > 0
+
+
+def test_stock_diffusers_loads_what_was_learnt(mvdream_run, world):
+    pipeline = StableDiffusionPipeline.from_pretrained(world / "mvdream", safety_checker=None)
+    pipeline.load_lora_weights(mvdream_run / "final")
+    stock = {name.replace(".default_0.", ".default."): value for name, value in pipeline.unet.state_dict().items()}
+    trained = load_file(checkpoints(mvdream_run)[-1] / "weights.safetensors")
+    assert trained and all(torch.equal(stock[name], value) for name, value in trained.items())
+
+
+def load_policy(world, **changes):
+    values = settings(world, "unused", **AS_MVDREAM, pretrained__model=str(world / "mvdream"), **changes)
+    config = base.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(values)
+    return load_painter(config, "cpu")
+
+
+def test_views_of_a_sample_see_each_other_and_nothing_of_other_samples(world):
+    policy = load_policy(world)
+    latents = policy.initial_latents(2, torch.Generator().manual_seed(0))
+    assert latents.shape == (2, 4, 4, LATENT // 2, LATENT // 2)
+    conditioning, t = policy.encode(["a red cube", "a blue sphere"]), torch.tensor([500, 500])
+    changed = latents.clone()
+    changed[0, 3] += 1
+    with torch.no_grad():
+        before, after = (policy.predict(x, t, conditioning, 3.0) for x in (latents, changed))
+    difference = (before - after).abs().amax((2, 3, 4))
+    assert (difference[0] > 0).all() and (difference[1] == 0).all()
+    assert policy.decode(latents).shape == (2, 4, 3, 32, 32)
+
+
+def test_the_reference_is_the_model_without_its_lora_and_the_fold_survives_it(world):
+    policy = load_policy(world)
+    x, t = policy.initial_latents(1, torch.Generator().manual_seed(0)), torch.tensor([500])
+    conditioning = policy.encode(["a red cube"])
+    with torch.no_grad():
+        base_output = policy.predict(x, t, conditioning, 3.0)
+        policy.add_lora(4)
+        for name, parameter in policy.unet.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1)
+        assert torch.equal(policy.predict(x, t, conditioning, 3.0, reference=True), base_output)
+        assert (policy.predict(x, t, conditioning, 3.0) - base_output).abs().max() > 1e-4
+
+
+def test_the_negative_prompt_is_heard(world):
+    x, t = torch.ones(1, 4, 4, LATENT // 2, LATENT // 2), torch.tensor([500])
+    outputs = []
+    for negative in ("", "a blue sphere", "a red cube"):
+        policy = load_policy(world, painter__negative_prompt=negative)
+        with torch.no_grad():
+            outputs.append(policy.predict(x, t, policy.encode(["a red cube"]), 5.0))
+            conditional = policy.predict(x, t, policy.encode(["a red cube"]), 1.0)
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-5
+    assert (outputs[2] - conditional).abs().max() < 1e-5  # nothing to guide away from
+
+
+def test_a_painter_at_another_height_is_refused_before_anything_is_loaded():
+    config = base.get_config()
+    config.painter.name, config.painter.elevation = "mvdream", 15.0
+    with pytest.raises(ValueError, match=r"elevations are 15/15/15/15 .* 20/20/20/20 .*config.painter.elevation"):
+        check_cameras(config)
+    config.painter.elevation = 20.0
+    check_cameras(config)
+
+
+@pytest.mark.parametrize("key, value", [("elevation", 15.0), ("azimuth_start", 90.0), ("negative_prompt", "blurry")])
+def test_keys_of_mvdream_are_refused_for_the_grid_painter(key, value):
+    config = base.get_config()
+    config.painter[key] = value
+    with pytest.raises(ValueError, match=f"config.painter.{key} is"):
+        validate(config, 1, check_files=False)

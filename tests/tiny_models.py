@@ -9,7 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -43,6 +43,14 @@ LRM = dict(width=8, volume=8, voxel_channels=8, plane_width=32, plane_channels=4
 PROMPTS = ["a red cube", "a blue sphere", "a green cone", "a yellow cylinder"]
 
 
+MVDREAM_UNET = dict(
+    sample_size=LATENT // 2, block_out_channels=[16, 32], layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    attention_head_dim=[2, 4], norm_num_groups=8, use_linear_projection=True, class_embed_type="projection",
+    projection_class_embeddings_input_dim=16,
+)
+
+
 class RandomPainter:
     """The parts of an SDXL pipeline that `tiny.train_painter.assemble` wants, untrained."""
 
@@ -62,6 +70,20 @@ def make_world(folder):
     TinyLRM(**LRM).save_pretrained(folder / "lrm")
     for name, prompts in (("train", PROMPTS), ("validation", PROMPTS[:3]), ("test", PROMPTS[:1])):
         (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
+    return folder
+
+
+def make_mvdream(folder):
+    """Add `mvdream/`, a small MVDream with random weights in stock layout, to a world."""
+    torch.manual_seed(1)
+    tokenizer = make_tokenizer(folder / "tokenizer")
+    text = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    StableDiffusionPipeline(
+        unet=UNet2DConditionModel(**MVDREAM_UNET), vae=AutoencoderKL(**VAE), text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder / "mvdream")
     return folder
 
 
