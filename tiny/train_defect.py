@@ -20,11 +20,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mrc.sanity_rewards import tile_views
 from tiny.captions import held_out
 from tiny.defects import DEFECTS, SHIPPED, spoil
 from tiny.objects import build, fixed_views, parse_caption, random_caption
-from tiny.train_painter import Painter, make_loss
+from tiny.train_painter import Painter, encode, make_loss
 from tiny.training import ROOT, WEIGHTS, fit
 
 PART = 100
@@ -38,14 +37,6 @@ def allowed_captions(count, generator):
         if caption not in banned and len(parse_caption(caption)[0]) > 1:
             captions.append(caption)
     return captions
-
-
-@torch.no_grad()
-def encode(vae, views):
-    """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 16, 16) of their grids, scaled to unit variance."""
-    grids = (2 * tile_views(views) - 1).to(vae.dtype)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in grids.split(20)])
-    return latents.float() * vae.config.scaling_factor
 
 
 def training_set(folder, vae, kind, count):
