@@ -65,6 +65,11 @@ class ViewPainter(nn.Module):
         vectors = mvdream_camera_vectors(mvdream_cameras(ELEVATION, AZIMUTH_START))
         self.register_buffer("camera_vectors", vectors, persistent=False)
 
+    def use_plain_attention(self):
+        """The backward pass of fused attention is slower than plain matrix products on CPUs."""
+        let_views_attend(self.unet, AttnProcessor())
+        self.text_encoder.set_attn_implementation("eager")
+
     def forward(self, latents, timesteps, tokens, keep):
         """Velocity prediction (B, 4, 4, 8, 8); where `keep` (B,) is 0 the caption is the empty one."""
         tokens = torch.where(keep[:, None] > 0, tokens, self.nothing)
@@ -110,9 +115,7 @@ def main():
     tokenizer = make_tokenizer(folder / "tokenizer")
     captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures, encode)
     painter = ViewPainter(tokenizer)
-    # the backward pass of fused attention is slower than plain matrix products on CPUs
-    let_views_attend(painter.unet, AttnProcessor())
-    painter.text_encoder.set_attn_implementation("eager")
+    painter.use_plain_attention()
     painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
     painter.unet.half()  # the text encoder stays in float32, as in tiny/train_painter.py
     painter.unet.set_default_attn_processor()

@@ -103,6 +103,12 @@ class Painter(nn.Module):
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG, **ids, hidden_act="quick_gelu"))
         self.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_CONFIG, **ids, hidden_act="gelu"))
 
+    def use_plain_attention(self):
+        """The backward pass of fused attention is slower than plain matrix products on CPUs."""
+        self.unet.set_attn_processor(AttnProcessor())
+        for encoder in (self.text_encoder, self.text_encoder_2):
+            encoder.set_attn_implementation("eager")
+
     def forward(self, latents, timesteps, tokens, keep):
         """Velocity prediction; `keep` (B,) is 0 where the caption is dropped (zeros, as SDXL's unconditional branch)."""
         first = self.text_encoder(tokens, output_hidden_states=True)
@@ -190,10 +196,7 @@ def main():
     tokenizer = make_tokenizer(folder / "tokenizer")
     captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures)
     painter = Painter(tokenizer)
-    # the backward pass of fused attention is slower than plain matrix products on CPUs
-    painter.unet.set_attn_processor(AttnProcessor())
-    for encoder in (painter.text_encoder, painter.text_encoder_2):
-        encoder.set_attn_implementation("eager")
+    painter.use_plain_attention()
     painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
     painter.unet.half()  # the text encoders stay in float32: transformers loads them in the type they were saved in,
     # diffusers loads the UNet in float32, and the two must agree for a plain `from_pretrained`
