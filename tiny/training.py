@@ -25,7 +25,7 @@ def fit(
     folder.mkdir(parents=True, exist_ok=True)
     ema = copy.deepcopy(model).requires_grad_(False)
     half = copy.deepcopy(model).bfloat16()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
     generator = torch.Generator().manual_seed(0)
     start, seconds = 0, 0.0
     checkpoint = folder / "checkpoint.pt"
