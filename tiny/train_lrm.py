@@ -104,7 +104,7 @@ def evaluate(model, count=32):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2800)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", default=str(ROOT / "runs" / "lrm"))
     parser.add_argument(
