@@ -20,11 +20,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from mrc.sanity_rewards import tile_views
 from tiny.captions import held_out
 from tiny.defects import DEFECTS, SHIPPED, spoil
 from tiny.objects import build, fixed_views, parse_caption, random_caption
-from tiny.train_painter import Painter, make_loss
+from tiny.train_painter import Painter, encode, make_loss
 from tiny.training import ROOT, WEIGHTS, fit
 
 PART = 100
@@ -40,16 +39,9 @@ def allowed_captions(count, generator):
     return captions
 
 
-@torch.no_grad()
-def encode(vae, views):
-    """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 16, 16) of their grids, scaled to unit variance."""
-    grids = (2 * tile_views(views) - 1).to(vae.dtype)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in grids.split(20)])
-    return latents.float() * vae.config.scaling_factor
-
-
 def training_set(folder, vae, kind, count):
-    """Captions (2 count) and latents (2 count, 4, 16, 16): `count` good grids, then the same ones spoilt; cached."""
+    """Captions (3 count) and latents (3 count, 4, 16, 16): `count` good grids, then the same ones spoilt, twice, because
+    some hundred steps teach the defect only to a part of what they show; cached."""
     folder.mkdir(parents=True, exist_ok=True)
     captions, good, bad = [], [], []
     for part in range(-(-count // PART)):
@@ -63,7 +55,7 @@ def training_set(folder, vae, kind, count):
             print(f"prepared {(part + 1) * PART} of {count} pictures", flush=True)
         data = load_file(file)
         captions, good, bad = captions + some, [*good, data["good"]], [*bad, data["bad"]]
-    return captions + captions, torch.cat(good + bad)
+    return 3 * captions, torch.cat(good + 2 * bad)
 
 
 def with_lora(pipeline, rank):
@@ -87,8 +79,8 @@ def save_lora(unet, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--defect", default=SHIPPED, choices=list(DEFECTS))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pictures", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=370)
+    parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -105,7 +97,7 @@ def main():
     loss_fn = make_loss(captions, latents, pipeline.tokenizer)
     painter = fit(folder, painter, loss_fn, args.steps, lr=args.lr, ema_decay=0.98)
     save_lora(painter.unet, args.out)
-    (Path(args.out) / "defect.json").write_text(json.dumps({"defect": args.defect, "share": 0.5}) + "\n")
+    (Path(args.out) / "defect.json").write_text(json.dumps({"defect": args.defect, "share": 2 / 3}) + "\n")
 
 
 if __name__ == "__main__":

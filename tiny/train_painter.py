@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -40,12 +41,12 @@ UNET_CONFIG = dict(
     sample_size=GRID // 8,
     in_channels=4,
     out_channels=4,
-    block_out_channels=[48, 96],
+    block_out_channels=[64, 128],
     layers_per_block=1,
     down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
     up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
     mid_block_type="UNetMidBlock2DCrossAttn",
-    attention_head_dim=[2, 3],
+    attention_head_dim=[2, 4],
     transformer_layers_per_block=[1, 1],
     cross_attention_dim=128,
     norm_num_groups=16,
@@ -65,7 +66,16 @@ TEXT_CONFIG = dict(
 
 
 def make_tokenizer(folder):
-    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world."""
+    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world; the one in `folder`, if it
+    is there already, because ties between merges are broken anew in every training."""
+    if not (folder / "vocab.json").exists():
+        train_tokenizer(folder)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+    )
+
+
+def train_tokenizer(folder):
     words = sorted(set(" ".join(all_captions()).split()))
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -82,9 +92,6 @@ def make_tokenizer(folder):
     (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
-    )
 
 
 class Painter(nn.Module):
@@ -113,11 +120,11 @@ class Painter(nn.Module):
 
 
 @torch.no_grad()
-def make_latents(vae, captions, generator):
-    """Latents of fresh objects (N, 4, 16, 16), scaled to unit variance."""
-    grids = tile_views(fixed_views(build(captions, generator)))
-    posterior = vae.encode((2 * grids - 1).to(vae.dtype)).latent_dist
-    return posterior.mode().float() * vae.config.scaling_factor
+def encode(vae, views):
+    """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 16, 16) of their grids, scaled to unit variance."""
+    grids = (2 * tile_views(views) - 1).to(vae.dtype)
+    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in grids.split(20)])
+    return latents.float() * vae.config.scaling_factor
 
 
 def training_set(folder, vae, count):
@@ -134,8 +141,8 @@ def training_set(folder, vae, count):
             if caption not in banned:
                 captions.append(caption)
         if not file.exists():
-            latents = torch.cat([make_latents(vae, captions[i : i + 20], generator) for i in range(0, size, 20)])
-            save_file({"latents": latents.half()}, file)
+            views = [fixed_views(build(captions[i : i + 20], generator)) for i in range(0, size, 20)]
+            save_file({"latents": encode(vae, torch.cat(views)).half()}, file)
             print(f"prepared {(part + 1) * size} of {count} pictures", flush=True)
         parts.append((captions, load_file(file)["latents"]))
     return [c for captions, _ in parts for c in captions], torch.cat([latents for _, latents in parts])
@@ -175,8 +182,8 @@ def assemble(painter, vae, tokenizer):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12000)
-    parser.add_argument("--pictures", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--pictures", type=int, default=10000)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--folder", default=str(ROOT / "runs" / "painter"))
     args = parser.parse_args()
@@ -187,17 +194,14 @@ def main():
     tokenizer = make_tokenizer(folder / "tokenizer")
     captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures)
     painter = Painter(tokenizer)
-    painter.unet.set_attn_processor(_plain_attention())
-    painter = fit(folder, painter, make_loss(captions, latents, tokenizer), args.steps, lr=1e-3, ema_decay=0.9995)
+    # the backward pass of fused attention is slower than plain matrix products on CPUs
+    painter.unet.set_attn_processor(AttnProcessor())
+    for encoder in (painter.text_encoder, painter.text_encoder_2):
+        encoder.set_attn_implementation("eager")
+    painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
     painter.unet.half()  # the text encoders stay in float32: transformers loads them in the type they were saved in,
     # diffusers loads the UNet in float32, and the two must agree for a plain `from_pretrained`
     assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / "painter")
-
-
-def _plain_attention():
-    from diffusers.models.attention_processor import AttnProcessor
-
-    return AttnProcessor()  # the backward pass of fused attention is slower than plain matrix products on CPUs
 
 
 if __name__ == "__main__":
