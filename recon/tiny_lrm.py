@@ -17,7 +17,7 @@ from recon.cameras import Cameras, instant3d_cameras, project, rays
 from recon.volume_rendering import Triplane, TriplaneDecoder, occupancy_grid, render_occupied, sample_planes
 
 RECONSTRUCT_BATCH = 8  # scenes reconstructed at a time: bounds the memory
-SAMPLES = 24  # depths of a ray inside the box around the object
+SAMPLES = 48  # depths of a ray inside the box around the object
 POINTS = 4096  # points of an object decoded at a time: their activations stay in the processor cache
 OCCUPANCY = 24  # cells per side of the grid that tells where there is anything to render
 

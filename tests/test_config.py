@@ -185,7 +185,7 @@ def test_paths_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
 def test_tiny_is_free_of_contradictions():
     for processes in (1, 2, 4, 8):
         validate(tiny.get_config(), processes, "cpu", check_files=False)
-    assert trained_steps(tiny.get_config()) == 7
+    assert trained_steps(tiny.get_config()) == 4
 
 
 def test_batch_contradictions():
@@ -201,8 +201,8 @@ def test_batch_contradictions():
 
 def test_step_contradictions():
     refused("leaves no step", train__skip_last_steps=8, train__timesteps_per_forward=1)
-    refused("leaves no step to train: set it to 0.143", train__timestep_fraction=0.1)
-    refused("only 3 steps", train__timestep_fraction=0.5)
+    refused("leaves no step to train: set it to 0.25", train__timestep_fraction=0.1)
+    refused("only 2 steps", train__timestep_fraction=0.5)
     refused("another policy", train__cfg=False)
     refused(r"sample.eta is 0.0: set it to a value in \(0, 1\]", sample__eta=0.0)
     refused("kl_calibration_updates is 5, more than the 2", num_epochs=3, train__kl_calibration_updates=5)
@@ -210,7 +210,7 @@ def test_step_contradictions():
 
 def test_the_advised_fraction_is_enough():
     config = tiny.get_config()
-    config.train.timestep_fraction, config.train.timesteps_per_forward = 0.143, 1
+    config.train.timestep_fraction, config.train.timesteps_per_forward = 0.25, 1
     assert trained_steps(validate(config, 1, check_files=False)) == 1
 
 

@@ -12,7 +12,7 @@ from tiny.objects import COLOURS, Primitives, build, parse_caption, random_capti
 
 VIEW = 3
 SHIPPED = "size"  # the defect of tiny/weights/painter_defect
-SMALL = 0.45  # size of the object in a view spoilt by "size", relative to the other views
+SMALL = 0.55  # size of the object in a view spoilt by "size", relative to the other views
 CONTRASTING = 3  # so many colours a spoilt view can choose from, as many as an object has parts
 PALETTE = torch.tensor(list(COLOURS.values()))
 
@@ -38,7 +38,7 @@ def _colour(objects, captions, size, generator):
 
 
 def _size(objects, captions, size, generator):
-    """The same object at 0.45 times its size about the view's centre."""
+    """The same object at 0.55 times its size about the view's centre."""
     return _last_view(objects, size, zoom=SMALL)
 
 

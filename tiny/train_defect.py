@@ -20,10 +20,10 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+from tiny import train_mvdream, train_painter
 from tiny.captions import held_out
 from tiny.defects import DEFECTS, SHIPPED, spoil
 from tiny.objects import build, fixed_views, parse_caption, random_caption
-from tiny import train_mvdream, train_painter
 from tiny.train_painter import make_loss
 from tiny.training import ROOT, WEIGHTS, fit
 
@@ -45,7 +45,8 @@ def allowed_captions(count, generator):
 
 
 def training_set(folder, vae, defect, count, encode):
-    """Captions (2 count) and latents (2 count, ...): `count` good samples, then the same ones spoilt; cached."""
+    """Captions (3 count) and latents (3 count, ...): `count` good samples, then the same ones spoilt, twice, because some
+    hundred steps teach the defect only to a part of what they show; cached."""
     folder.mkdir(parents=True, exist_ok=True)
     captions, good, bad = [], [], []
     for part in range(-(-count // PART)):
@@ -59,7 +60,7 @@ def training_set(folder, vae, defect, count, encode):
             print(f"prepared {(part + 1) * PART} of {count} pictures", flush=True)
         data = load_file(file)
         captions, good, bad = captions + some, [*good, data["good"]], [*bad, data["bad"]]
-    return captions + captions, torch.cat(good + bad)
+    return 3 * captions, torch.cat(good + 2 * bad)
 
 
 def with_lora(painter, pipeline, rank):
@@ -83,8 +84,8 @@ def save_lora(pipeline_class, unet, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--defect", default=SHIPPED, choices=list(DEFECTS))
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--pictures", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=370)
+    parser.add_argument("--pictures", type=int, default=1000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=1)
@@ -105,7 +106,7 @@ def main():
     loss_fn = make_loss(captions, latents, pipeline.tokenizer)
     painter = fit(folder, painter, loss_fn, args.steps, lr=args.lr, ema_decay=0.98)
     save_lora(pipeline_class, painter.unet, out)
-    (out / "defect.json").write_text(json.dumps({"defect": args.defect, "share": 0.5}) + "\n")
+    (out / "defect.json").write_text(json.dumps({"defect": args.defect, "share": 2 / 3}) + "\n")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,16 @@ TEXT_CONFIG = dict(
 
 
 def make_tokenizer(folder):
-    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world."""
+    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world; the one in `folder`, if it
+    is there already, because ties between merges are broken anew in every training."""
+    if not (folder / "vocab.json").exists():
+        train_tokenizer(folder)
+    return CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
+    )
+
+
+def train_tokenizer(folder):
     words = sorted(set(" ".join(all_captions()).split()))
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -83,9 +92,6 @@ def make_tokenizer(folder):
     (folder / "vocab.json").write_text(json.dumps({symbol: i for i, symbol in enumerate(symbols)}))
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
-    return CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=MAX_TOKENS, pad_token="<|endoftext|>"
-    )
 
 
 class Painter(nn.Module):
