@@ -17,9 +17,9 @@ def grid() -> ConfigDict:
     """64 samples per epoch of 8 steps, whatever the number of processes."""
     config = base.get_config()
 
-    config.num_epochs = 17
+    config.num_epochs = 10
     config.save_freq = 5
-    config.val_freq = 8
+    config.val_freq = 5
     config.mixed_precision = "bf16"
     config.tracker = "none"
 
@@ -40,7 +40,7 @@ def grid() -> ConfigDict:
 
     config.train.total_batch_size = 64
     config.train.batch_size = 16
-    config.train.learning_rate = 1e-4  # where the calibration starts
+    config.train.learning_rate = 2e-4  # where the calibration starts
     config.train.adam_beta1 = 0.0  # no momentum: with so few updates an average over past ones comes too late
     config.train.adam_beta2 = 0.99
     config.train.adam_weight_decay = 0.0
@@ -49,7 +49,7 @@ def grid() -> ConfigDict:
     config.train.timestep_weighting = "noise"
     config.train.skip_last_steps = 4  # what the views show of each other is decided in the first half of the chain
     config.train.timesteps_per_forward = 4
-    config.train.kl_per_update = 0.15
+    config.train.kl_per_update = 0.05
 
     config.recon.checkpoint = "tiny/weights/lrm"
     config.recon.render_size = 64

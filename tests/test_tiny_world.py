@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 from diffusers_patch.mv_sdxl import split_grid
 from mrc.sanity_rewards import tile_views
 from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
+from tiny import compare_runs
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
 from tiny.training import WEIGHTS
@@ -249,6 +251,13 @@ def test_a_run_is_judged_from_its_validation_files(world, tmp_path):
     assert result["defective"]["before"] == 1 and result["defective"]["after"] == 0
     assert result["reward"]["difference"] == 20
     assert json.loads((tmp_path / "judgement.json").read_text())["bad_grids_repaired"]["share"] == 1
+
+    lines = [{"kind": kind, "epoch": epoch, "reward_mean": epoch - 20.0, "reward_standard_error": 1.0}
+             for kind in ("epoch", "validation") for epoch in (0, 5, 20)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert "| -20.000 ± 0.000 | 0.000 ± 0.000 | +100.0 % |" in compare_runs.row("run", result)
+    compare_runs.draw([tmp_path], tmp_path / "curves.png")
+    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
 
 
 def test_a_run_without_two_validations_is_refused(tmp_path):
