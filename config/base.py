@@ -57,9 +57,9 @@ def get_config() -> ConfigDict:
     # Which kind of multi-view model: "mv_sdxl" = SDXL that paints 4 views as a 2x2 grid (Instant3D style), "mvdream" =
     # SD 2.1 that paints 4 separate views which attend to each other, from cameras it is told.
     config.painter.name = "mv_sdxl"
-    # Only "mvdream": height of its cameras above the horizon, degrees, (-90, 90); it was trained on 0 to 30.
+    # Only "mvdream": height of its cameras above the horizon, degrees, [0, 90); it was trained on 0 to 30.
     config.painter.elevation = 0.0
-    # Only "mvdream": azimuth of its first camera, degrees as MVDream counts them; the others follow every 90.
+    # Only "mvdream": azimuth of its first camera, degrees [0, 360) as MVDream counts them; the others follow every 90.
     config.painter.azimuth_start = 0.0
     # Only "mvdream": what the unconditional branch of the guidance is told. (SDXL gets zeros there.)
     config.painter.negative_prompt = ""
