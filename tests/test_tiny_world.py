@@ -159,7 +159,7 @@ def test_detectors_bear_soft_pictures(kind, world):
     soft = lambda x: F.avg_pool2d(F.pad(x.flatten(0, 1), [1] * 4, value=1.0), 3, stride=1).reshape(x.shape)
     spoilt = spoil(kind, objects, captions, views, torch.Generator().manual_seed(0))
     assert is_defective(kind, soft(views)).float().mean() < 0.05
-    assert (~is_defective(kind, soft(spoilt))).float().mean() <= 0.05
+    assert (~is_defective(kind, soft(spoilt))).float().mean() < 0.05
 
 
 def test_defects_are_reproducible(world):
