@@ -38,6 +38,8 @@ from ddpo.setup import (
 from ddpo.update import StepCalibration, update
 from prompts.dataset import PromptDataset
 
+IMAGES = {"views": "painted", "renders": "re-rendered"}  # of a sample -> what pictures call them
+
 
 class Run:
     """Everything a run holds; the methods are the stages of an epoch, in `train` in the order of the paper."""
@@ -155,7 +157,7 @@ class Run:
         for i, statistics in enumerate(updates):
             self.log.write("update", number, {"update": i, **statistics})
         if number % self.config.save_freq == 0:
-            self.picture("epoch", number, [samples.trajectory.views, samples.renders],
+            self.picture("epoch", number, {"painted": samples.trajectory.views, "re-rendered": samples.renders},
                          [f"reward {value:.3f}" for value in samples.reward.tolist()], prompts)
 
         learnt = "(fills the trackers, no update)"
@@ -168,10 +170,10 @@ class Run:
     def picture(self, kind, number, rows, notes, captions):
         """samples/<kind>_<number>.png of the first `sample.save_images` objects, from the main process.
 
-        rows: painted views over re-rendered ones, (N, V, 3, S, S) each, None for a reward that renders nothing."""
+        rows: label -> views (N, V, 3, S, S), None for a reward that renders nothing."""
         shown = self.config.sample.save_images
         if shown and self.accelerator.is_main_process:
-            rows = [row[:shown] for row in rows if row is not None]
+            rows = {label: row[:shown] for label, row in rows.items() if row is not None}
             self.log.picture(kind, number, sample_picture(rows, notes, captions))
 
     # -- validation ---------------------------------------------------------------------------------------------------
@@ -198,10 +200,11 @@ class Run:
             self.log.write("validation", number, line)
             folder = self.folder / "validation"
             folder.mkdir(exist_ok=True)
-            arrays = {name: everyone[name] for name in ("views", "renders") if name in everyone}
+            arrays = {name: everyone[name] for name in IMAGES if name in everyone}
             np.savez_compressed(folder / f"epoch_{number:04d}.npz", rewards=everyone["reward"],
                                 prompts=np.array(captions), **arrays)
-            self.picture("validation", number, [torch.as_tensor(images) / 255 for images in arrays.values()],
+            self.picture("validation", number,
+                         {IMAGES[name]: torch.as_tensor(images) / 255 for name, images in arrays.items()},
                          [f"reward {value:.3f}" for value in everyone["reward"]], captions)
         self.say(f"validation after {number} epochs: reward {line['reward_mean']:+.4f} +- "
                  f"{line['reward_standard_error']:.4f} (standard error over {len(rows)} prompts)"
@@ -250,8 +253,9 @@ class Run:
         painted and re-rendered before, painted and re-rendered after."""
         files = sorted((self.folder / "validation").glob("epoch_*.npz"))
         before, after = np.load(files[0]), np.load(files[-1])
-        rows = [torch.as_tensor(data[name]) / 255
-                for data in (before, after) for name in ("views", "renders") if name in data]
+        rows = {f"{label}, {when}": torch.as_tensor(data[name]) / 255
+                for when, data in (("before", before), ("after", after))
+                for name, label in IMAGES.items() if name in data}
         notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in zip(before["rewards"], after["rewards"])]
         self.picture("before_after", self.epochs_done, rows, notes, [str(prompt) for prompt in before["prompts"]])
 

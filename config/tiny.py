@@ -14,9 +14,9 @@ def get_config() -> ConfigDict:
     """64 samples per epoch of 8 steps, whatever the number of processes."""
     config = base.get_config()
 
-    config.num_epochs = 10
-    config.save_freq = 5
-    config.val_freq = 5
+    config.num_epochs = 7
+    config.save_freq = 4
+    config.val_freq = 4
     config.mixed_precision = "bf16"
     config.tracker = "none"
 

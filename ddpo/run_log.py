@@ -35,7 +35,8 @@ class RunLog:
             (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
 
     def resume(self, epochs_done):
-        """Forget the lines of what is run again: the epochs from `epochs_done` on and the validation before them."""
+        """Forget what is run again, the epochs from `epochs_done` on and the validation before them: their lines, and the
+        validations' files, which a run of fewer epochs than before would else take for its own."""
         file = self.folder / "metrics.jsonl"
         if not self.main or not file.exists():
             return
@@ -49,6 +50,9 @@ class RunLog:
         partial = self.folder / "metrics.tmp"
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(partial, file)
+        for validation in (self.folder / "validation").glob("epoch_*.npz"):
+            if int(validation.stem.removeprefix("epoch_")) >= epochs_done:
+                validation.unlink()
 
     def write(self, kind, epoch, values):
         """One line of metrics; kind is "epoch", "update" or "validation"."""
@@ -110,8 +114,8 @@ class RunLog:
 def sample_picture(rows, notes, captions, columns=4):
     """Rows of views object by object, such as painted views over re-rendered views, under caption and note: a PIL image.
 
-    rows: a list of (N, V, 3, S, S) in [0, 1]; notes, captions: N strings."""
-    N, V, _, _, S = rows[0].shape
+    rows: what a row shows, written into it -> its views (N, V, 3, S, S) in [0, 1]; notes, captions: N strings."""
+    N, V, _, _, S = next(iter(rows.values())).shape
     side = min(S * max(1, round(SIDE[0] / S)), SIDE[1])
     width, height, text = V * side, len(rows) * side, 26
     columns = min(columns, N)
@@ -121,8 +125,9 @@ def sample_picture(rows, notes, captions, columns=4):
         x, y = (n % columns) * (width + 8), (n // columns) * (height + text + 8)
         draw.text((x + 2, y), captions[n][: width // 6], fill="black")
         draw.text((x + 2, y + 12), notes[n], fill="black")
-        for r, row in enumerate(rows):
+        for r, (label, row) in enumerate(rows.items()):
             canvas.paste(_strip(row[n], side), (x, y + text + r * side))
+            draw.text((x + 2, y + text + r * side), label, fill="gray")
         draw.rectangle([x - 1, y + text - 1, x + width, y + text + height], outline="lightgray")
     return canvas
 

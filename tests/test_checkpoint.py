@@ -2,14 +2,18 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 
 import ddpo.checkpoint
 from ddpo.checkpoint import (
     DamagedCheckpoint, checkpoints, damage, find_checkpoint, forget_later, load_checkpoint, save_checkpoint,
 )
+from ddpo.run_log import RunLog
 
 
 def make_optimizer():
@@ -113,3 +117,16 @@ def test_going_on_from_an_older_one_forgets_the_newer(tmp_path):
     forget_later(tmp_path / "checkpoint_0001")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint_0000", "checkpoint_0001"]
     assert find_checkpoint(tmp_path).name == "checkpoint_0001"
+
+
+def test_going_on_from_an_older_one_forgets_later_lines_and_validations(tmp_path):
+    main_process = SimpleNamespace(is_main_process=True, trackers=[], log=lambda numbers, step: None)
+    log = RunLog(tmp_path, main_process, ConfigDict())
+    (tmp_path / "validation").mkdir()
+    for epoch in (0, 2, 4):
+        log.write("validation", epoch, {"reward_mean": float(epoch)})
+        np.savez(tmp_path / "validation" / f"epoch_{epoch:04d}.npz", rewards=np.ones(1))
+    log = RunLog(tmp_path, main_process, ConfigDict())
+    log.resume(epochs_done=2)
+    assert [line["epoch"] for line in log.lines] == [0]
+    assert [file.name for file in (tmp_path / "validation").iterdir()] == ["epoch_0000.npz"]

@@ -8,12 +8,11 @@ comparing colours and areas of the views, and captions are checked with a classi
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import ttest_1samp
+from scipy.stats import sem, ttest_1samp
 
 from mrc.bounding_box import foreground_mask
 from tiny.classifier import Classifier, caption_agreement
@@ -67,8 +66,8 @@ def compare(before, after):
         a, b = before[name].double(), after[name].double()
         mean, error, p = paired_t_test(b - a)
         result[name] = {
-            "before": float(a.mean()), "before_se": standard_error(a),
-            "after": float(b.mean()), "after_se": standard_error(b),
+            "before": float(a.mean()), "before_se": float(sem(a)),
+            "after": float(b.mean()), "after_se": float(sem(b)),
             "difference": mean, "difference_se": error,
             "relative": mean / abs(float(a.mean())) if a.mean() != 0 else None, "p": p,
         }
@@ -82,13 +81,9 @@ def _count(happened):
     return {"count": int(happened.sum()), "of": len(happened), "share": int(happened.sum()) / max(1, len(happened))}
 
 
-def standard_error(values):
-    return float(values.std() / math.sqrt(len(values)))
-
-
 def paired_t_test(differences):
     """Mean, standard error and two-sided p value of paired differences (N,), N >= 2."""
-    mean, error = float(differences.mean()), standard_error(differences)
+    mean, error = float(differences.mean()), float(sem(differences))
     if error == 0:
         return mean, error, 1.0 if mean == 0 else 0.0
     return mean, error, float(ttest_1samp(differences.numpy(), 0).pvalue)

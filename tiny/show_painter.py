@@ -28,7 +28,7 @@ def main():
         load_painter(config, "cpu"), captions, sample.num_steps, sample.guidance_scale, sample.eta, noise
     ).views
     (ROOT / "pictures").mkdir(exist_ok=True)
-    sample_picture([views], [""] * COUNT, captions).save(ROOT / "pictures" / "painter.png")
+    sample_picture({"": views}, [""] * COUNT, captions).save(ROOT / "pictures" / "painter.png")
 
 
 if __name__ == "__main__":
