@@ -105,6 +105,26 @@ def mvdream_camera_vectors(cameras):
     return torch.cat([torch.cat([c2w[..., :3, :3], position], -1), c2w[..., 3:, :]], -2).flatten(-2)
 
 
+LGM_AXES = [1, 2, 0]  # LGM's x, y (up), z among ours: its first camera looks from +z, ours at azimuth 0 from +x
+OUR_AXES = [2, 0, 1]
+
+
+def lgm_pluecker(cameras, size):
+    """What LGM is told of `cameras` (..., V): Pluecker coordinates (o x d, d) of every pixel's ray in its own axes,
+    (..., V, 6, size, size)."""
+    origin, direction = (x[..., LGM_AXES] for x in rays(cameras, size))
+    moment = torch.linalg.cross(origin, direction, dim=-1)
+    return torch.cat([moment, direction], -1).transpose(-1, -2).unflatten(-1, (size, size))
+
+
+def from_lgm_axes(positions, quaternions):
+    """Gaussians in LGM's axes -> ours. positions (..., 3); quaternions (..., 4), w first."""
+    w, x, y, z = quaternions.unbind(-1)
+    # times (1 + i + j + k) / 2, the turn that sends its x, y, z to our y, z, x
+    turned = torch.stack([w - x - y - z, w + x + z - y, w + y + x - z, w + z + y - x], -1) / 2
+    return positions[..., OUR_AXES], turned
+
+
 def rays(cameras, size):
     """Rays through the pixel centres of square images, row by row.
 
