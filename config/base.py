@@ -171,9 +171,9 @@ def get_config() -> ConfigDict:
     config.reward_fn = "mrc"
 
     config.recon = ConfigDict()
-    # Sparse-view reconstructor: "tiny_lrm".
+    # Sparse-view reconstructor: "tiny_lrm" or "lgm".
     config.recon.name = "tiny_lrm"
-    # Its weights: a folder or file. Must be given when reward_fn = "mrc".
+    # Its weights: a folder or file, or a hub id such as "ashawkey/LGM". Must be given when reward_fn = "mrc".
     config.recon.checkpoint = ""
     # Its arithmetic: "fp32", "bf16" or "fp16" (GPU only).
     config.recon.dtype = "fp32"

@@ -6,6 +6,8 @@
     --config config/dgx.py:kl_coefficient(0.1)   weight of the KL,
     --config config/dgx.py:multi_round(2)        updates per epoch
 
+    --config config/dgx.py:mvdream_lgm           the same with the open pair MVDream + LGM
+
 The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
 768 is fixed here; batches per process and gradient accumulation follow from the real number of processes, so on fewer
 GPUs an epoch takes longer and is the same epoch. config/validate.py prints the resulting numbers.
@@ -56,12 +58,31 @@ def multi_round(rounds: int) -> ConfigDict:
     return config
 
 
+def mvdream_lgm() -> ConfigDict:
+    """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub id)
+    and recon.checkpoint."""
+    config = carve3d_train()
+    config.painter.name = "mvdream"
+    config.recon.name = "lgm"
+    # where LGM wants its views: level, the first where MVDream's second would be, so its 1, 2, 3, 0 come in order
+    config.painter.elevation = 0.0
+    config.painter.azimuth_start = 90.0
+    config.sample.prompt_suffix = ", 3d asset"  # as MVDream was trained
+    config.sample.num_steps = 50
+    config.sample.guidance_scale = 7.5
+    config.sample.batch_size = 16
+    config.recon.dtype = "fp16"
+    config.recon.render_size = 256
+    return config
+
+
 def get_config(name: str = "carve3d_train") -> ConfigDict:
     """The run called `name`: a function of this file, with its arguments if it has any, as in "data_size(10)".
 
     Raises ValueError when there is no such run or when it gets the wrong arguments.
     """
-    runs = {run.__name__: run for run in (carve3d_train, data_size, batch_size, kl_coefficient, multi_round)}
+    runs = {run.__name__: run for run in (
+        carve3d_train, data_size, batch_size, kl_coefficient, multi_round, mvdream_lgm)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")

@@ -1,5 +1,8 @@
 """The embedded default: the small world of tiny/, on this machine's CPU or GPUs, in minutes.
 
+    --config config/tiny.py              the painter of 2x2 grids
+    --config config/tiny.py:mvdream      the small MVDream, which paints separate views
+
 Only what differs from the paper's run (config/base.py) is written here. What the small world needs beyond the paper are
 keys that also work at scale: weights by noise level, skipped last step, a step size calibrated in KL, LoRA on
 convolutions.
@@ -10,7 +13,7 @@ from ml_collections import ConfigDict
 from config import base
 
 
-def get_config() -> ConfigDict:
+def grid() -> ConfigDict:
     """64 samples per epoch of 8 steps, whatever the number of processes."""
     config = base.get_config()
 
@@ -60,3 +63,22 @@ def get_config() -> ConfigDict:
     config.per_prompt_stat_tracking.buffer_size = 16
 
     return config
+
+
+def mvdream() -> ConfigDict:
+    """The same run with the small MVDream, told of the sculptor's cameras."""
+    config = grid()
+    config.painter.name = "mvdream"
+    config.painter.elevation = 20.0
+    config.painter.azimuth_start = 315.0  # 225 degrees as the sculptor counts
+    config.pretrained.model = "tiny/weights/mvdream"
+    config.pretrained.lora = "tiny/weights/mvdream_defect"
+    return config
+
+
+def get_config(name: str = "grid") -> ConfigDict:
+    """The run called `name`. Raises ValueError when there is no such run."""
+    runs = {run.__name__: run for run in (grid, mvdream)}
+    if name not in runs:
+        raise ValueError(f"config/tiny.py has no run {name!r}: write one of {', '.join(runs)}")
+    return runs[name]()

@@ -31,7 +31,7 @@ CHOICES = {
     "painter.name": ("mv_sdxl", "mvdream"),
     "lora.targets": ("attention", "attention+conv"),
     "train.timestep_weighting": ("uniform", "noise"),
-    "recon.name": ("tiny_lrm",),
+    "recon.name": ("tiny_lrm", "lgm"),
     "recon.dtype": ("fp32", "bf16", "fp16"),
 }
 
@@ -370,7 +370,7 @@ def _check_files(config: ConfigDict) -> None:
         checkpoints["recon.checkpoint"] = config.recon.checkpoint
         checkpoints["mrc.lpips_checkpoint"] = config.mrc.lpips_checkpoint
     for key, path in checkpoints.items():
-        hub_id = key == "pretrained.model" and _may_be_hub_id(path)
+        hub_id = key in ("pretrained.model", "recon.checkpoint") and _may_be_hub_id(path)
         if path and not hub_id and not Path(path).expanduser().exists():
             raise FileNotFoundError(f"config.{key} is {path!r}, which does not exist: set it to an existing file or "
                                     f"folder")

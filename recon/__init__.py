@@ -5,6 +5,7 @@ from typing import Protocol
 import torch
 
 from recon.cameras import Cameras
+from recon.lgm import LGM
 from recon.tiny_lrm import TinyLRM
 
 
@@ -22,7 +23,7 @@ class Reconstructor(Protocol):
         """images (B, M, 3, size, size) in [0, 1] on white, alpha (B, M, 1, size, size)."""
 
 
-RECONSTRUCTORS = {"tiny_lrm": TinyLRM}
+RECONSTRUCTORS = {"tiny_lrm": TinyLRM, "lgm": LGM}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -35,4 +36,5 @@ def load_reconstructor(config, device="cpu") -> Reconstructor:
     """The reconstructor named by config.recon.name, with the weights of config.recon.checkpoint, frozen."""
     model = RECONSTRUCTORS[config.name].from_pretrained(config.checkpoint)
     model.chunk_size = config.chunk_size
+    model.cameras = model.cameras.to(device)
     return model.requires_grad_(False).eval().to(device).set_dtype(DTYPES[config.dtype])
