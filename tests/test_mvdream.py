@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -328,6 +329,18 @@ def test_the_negative_prompt_is_heard(world):
             conditional = policy.predict(x, t, policy.encode(["a red cube"]), 1.0)
     assert (outputs[0] - outputs[1]).abs().max() > 1e-5
     assert (outputs[2] - conditional).abs().max() < 1e-5  # nothing to guide away from
+
+
+def test_a_prompt_that_is_too_long_is_cut_with_one_warning(world, caplog):
+    policy = load_policy(world)
+    logging.enable_propagation()
+    try:
+        for _ in range(2):  # the second time it is known
+            policy.encode(["a red cube " * 40])
+    finally:
+        logging.disable_propagation()
+    warnings = [record.getMessage() for record in caplog.records if "truncated" in record.getMessage()]
+    assert len(warnings) == 1 and "red cube" in warnings[0]
 
 
 def test_a_painter_at_another_height_is_refused_before_anything_is_loaded():
