@@ -1,0 +1,171 @@
+"""Does MRC see what it should? The paper's sanity experiment, for any sculptor (Carve3D, section 4.1).
+
+    python -m mrc.validate --config config/tiny.py
+
+Exact views of objects of the small world, at the sculptor's cameras, and the same with one view distorted: turned about
+the object's vertical axis, in other hues, blurred, or of another object. In --out there are afterwards
+    validate.json   MRC of every object for every distortion
+    validate.png    mean MRC against the strength of the distortion, with standard errors
+
+The judge needs none of this. Only the command reaches into the room of the small world, and imports it when it is used.
+"""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from mrc.lpips import LPIPS
+from mrc.mrc import MRC
+
+STRENGTHS = {  # kind -> what is tried, from weak to strong, and its unit
+    "rotation": ((2.0, 5.0, 10.0, 20.0, 40.0), "degrees"),
+    "hue": ((15.0, 30.0, 60.0, 120.0), "degrees"),
+    "blur": ((0.5, 1.0, 2.0, 4.0), "pixels of 64"),
+    "another object": ((1.0,), ""),
+}
+TRIALS = [(kind, strength) for kind, (strengths, _) in STRENGTHS.items() for strength in strengths]
+VIEW = 3  # the one that is distorted
+BATCH = 8
+DISTANCE = 2.7  # from which the small world's objects fill a view of 50 degrees as they should
+
+
+def turn_hue(image, degrees):
+    """Turn the colours of image (..., 3, H, W) about the gray axis, which leaves white white; in [0, 1]."""
+    angle = math.radians(degrees)
+    gray = torch.full((3, 3), 1 / 3)
+    cross = torch.tensor([[0.0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)
+    turn = math.cos(angle) * (torch.eye(3) - gray) + gray + math.sin(angle) * cross  # Rodrigues' formula
+    return torch.einsum("ij,...jhw->...ihw", turn, image).clamp(0, 1)
+
+
+def blur(image, sigma):
+    """Gaussian blur of image (N, 3, H, W); sigma: standard deviation in pixels of an image of 64."""
+    sigma = sigma * image.shape[-1] / 64
+    offsets = torch.arange(-math.ceil(3 * sigma), math.ceil(3 * sigma) + 1)
+    kernel = torch.softmax(-0.5 * (offsets / sigma) ** 2, 0).expand(3, 1, 1, -1)
+    reach = len(offsets) // 2
+    padded = F.pad(image, [reach] * 4, mode="replicate")
+    return F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(-1, -2), groups=3)
+
+
+def with_distorted_view(views, kind, strength, turned_view, other_views):
+    """views (N, V, 3, S, S) with view `VIEW` distorted.
+
+    turned_view: degrees -> that view of the objects turned by so much, (N, 3, S, S); other_views: views of other objects."""
+    view = views[:, VIEW]
+    distorted = views.clone()
+    distorted[:, VIEW] = {
+        "rotation": lambda: turned_view(strength), "hue": lambda: turn_hue(view, strength),
+        "blur": lambda: blur(view, strength), "another object": lambda: other_views[:, VIEW],
+    }[kind]()
+    return distorted
+
+
+def experiment(judge, count, size, trials=TRIALS, seed=0):
+    """MRC of `count` objects: {"none": {0.0: [...]}, kind: {strength: [...]}} with `count` numbers in every list.
+
+    judge: an `MRC`; size: side of the views in pixels; trials: (kind, strength) one after another."""
+    from recon.cameras import Cameras
+    from tiny.captions import split
+    from tiny.objects import build, render
+
+    device = judge.reconstructor.cameras.c2w.device
+    cameras = judge.reconstructor.cameras.to("cpu")
+    c2w = cameras.c2w.clone()
+    c2w[:, :3, 3] *= DISTANCE / c2w[:, :3, 3].norm(dim=-1, keepdim=True)  # sculptors differ in scale, objects do not
+    cameras = Cameras(c2w, cameras.fxfycxcy)
+    captions = split()["test"]
+    objects = build([captions[i % len(captions)] for i in range(count)], torch.Generator().manual_seed(seed))
+    views = render(objects, cameras, size)[0]
+
+    def turned_view(degrees):
+        angle = torch.tensor(math.radians(degrees))
+        turn = torch.eye(4)
+        turn[0, 0] = turn[1, 1] = angle.cos()
+        turn[1, 0], turn[0, 1] = angle.sin(), -angle.sin()
+        return render(objects, Cameras((turn @ c2w)[VIEW : VIEW + 1], cameras.fxfycxcy[VIEW : VIEW + 1]), size)[0][:, 0]
+
+    def score(views):
+        return torch.cat([judge(part.to(device)).lpips.mean(1) for part in views.split(BATCH)]).tolist()
+
+    results = {"none": {0.0: score(views)}}
+    for kind, strength in trials:
+        results.setdefault(kind, {})[strength] = score(with_distorted_view(views, kind, strength, turned_view, views.roll(1, 0)))
+    return results
+
+
+def table(results):
+    """Markdown: mean MRC, its standard error, and the paired difference from the undistorted views with its own."""
+    base = torch.tensor(results["none"][0.0])
+    error = lambda values: values.std().item() / math.sqrt(len(values))
+    lines = ["| distortion of one view | MRC | more than without |", "| --- | --- | --- |",
+             f"| none | {base.mean():.4f} ± {error(base):.4f} | |"]
+    for kind, (_, unit) in STRENGTHS.items():
+        for strength, scores in results[kind].items():
+            scores = torch.tensor(scores)
+            name = f"{kind} {strength:g} {unit}" if unit else kind
+            lines.append(f"| {name} | {scores.mean():.4f} ± {error(scores):.4f} | {(scores - base).mean():+.4f} ± "
+                         f"{error(scores - base):.4f} |")
+    return "\n".join(lines)
+
+
+def draw(results, file):
+    """One panel for each kind of distortion, from none to strong, all with the same MRC axis."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(STRENGTHS), figsize=(3 * len(STRENGTHS), 3), sharey=True, constrained_layout=True)
+    for axis, (kind, (_, unit)) in zip(axes, STRENGTHS.items()):
+        points = {**results["none"], **results[kind]}
+        scores = torch.tensor(list(points.values()))
+        axis.errorbar(list(points), scores.mean(1), yerr=scores.std(1) / math.sqrt(scores.shape[1]), marker="o", capsize=3)
+        axis.set(title=f"one view: {kind}", xlabel=unit or "no / yes")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("MRC (mean LPIPS, lower is better)")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def main(flags):
+    """flags: the parsed command line."""
+    import tqdm
+
+    from config.validate import resolve
+    from recon import load_reconstructor
+
+    config, out = resolve(flags.config, 1), Path(flags.out)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reconstructor = load_reconstructor(config.recon, device)
+    judge = MRC(reconstructor, LPIPS(config.mrc.lpips_checkpoint).to(device), bbox_lpips=config.mrc.bbox_lpips,
+                render_size=config.recon.render_size)
+    results = experiment(judge, flags.objects, config.recon.render_size, tqdm.tqdm(TRIALS, desc="distortions"))
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "validate.json").write_text(json.dumps(results, indent=1) + "\n")
+    draw(results, out / "validate.png")
+    print(f"{table(results)}\n\nwrote {out / 'validate.json'} and {out / 'validate.png'}")
+
+
+def _command_line():
+    from absl import app, flags
+    from ml_collections import config_flags
+
+    from config.validate import check_flags
+
+    check_flags(sys.argv)
+    config_flags.DEFINE_config_file("config", "config/tiny.py", "Whose reconstructor is used.")
+    flags.DEFINE_integer("objects", 32, "How many objects.", lower_bound=2)
+    flags.DEFINE_string("out", "logs/mrc_validate", "Folder for the results.")
+    app.run(lambda _: main(flags.FLAGS))
+
+
+if __name__ == "__main__":
+    try:
+        _command_line()
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"mrc.validate: {error}")
