@@ -54,10 +54,10 @@ class MRC:
         _require_finite("painted views", views)
         views, cameras = views.float(), self.reconstructor.cameras
         size = self.render_size or views.shape[-1]
-        scene = self.reconstructor.reconstruct(_resize_views(views, self.reconstructor.input_size), cameras)
+        scene = self.reconstructor.reconstruct(resize_views(views, self.reconstructor.input_size), cameras)
         renders, _ = self.reconstructor.render(scene, cameras, size)
         return score_views(
-            _resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward)
+            resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward)
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def _resize(images, size):
     return resized.clamp(0, 1)
 
 
-def _resize_views(views, size):
+def resize_views(views, size):
     if views.shape[-1] == size:
         return views
     return _resize(views.flatten(0, 1), (size, size)).unflatten(0, views.shape[:2])
