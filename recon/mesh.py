@@ -22,7 +22,8 @@ def extract_mesh(field, resolution=128, density=DENSITY, device=None):
     if grid.max() <= density:
         raise ValueError(f"the densest point of the scene has {grid.max():.2f}, below the {density} of a surface: nothing was "
                          f"reconstructed; look at the views.")
-    vertices, faces, _, _ = marching_cubes(grid, density, spacing=[2 / (resolution - 1)] * 3)
+    vertices, faces, _, _ = marching_cubes(
+        grid, density, spacing=[2 / (resolution - 1)] * 3, gradient_direction="ascent")  # faces that look outwards
     vertices = vertices.astype(np.float32) - 1
     corners = torch.from_numpy(vertices).to(device)
     colours = torch.cat([field(part[None])[1][0] for part in corners.split(POINTS)]).clamp(0, 1).cpu().numpy()
