@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_patch.policy import MultiViewPolicy
+from diffusers_patch.weights import check_weights
 
 VIEWS = 4
 DECODE_BATCH = 8  # samples decoded at a time: bounds the memory of the VAE
@@ -100,19 +101,8 @@ def convert_mvdream_unet(state_dict, **unet_overrides):
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     wanted = {ldm_name(name, unet.config): (name, value.shape) for name, value in unet.state_dict().items()}
-    problems = {
-        "missing": sorted(wanted.keys() - weights.keys()),
-        "unknown": sorted(weights.keys() - wanted.keys()),
-        "of another shape": sorted(
-            f"{key}: {tuple(weights[key].shape)} instead of {tuple(wanted[key][1])}"
-            for key in wanted.keys() & weights.keys() if weights[key].shape != wanted[key][1]),
-    }
-    if any(problems.values()):
-        found = "; ".join(
-            f"{len(keys)} {what} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
-            for what, keys in problems.items() if keys)
-        raise ValueError(f"These are not the weights of this MVDream UNet: {found}. Give a complete checkpoint of MVDream, "
-                         f"or the overrides of its UNet's configuration.")
+    check_weights(weights, {key: shape for key, (_, shape) in wanted.items()}, "this MVDream UNet",
+                  "a complete checkpoint of MVDream, or the overrides of its UNet's configuration")
     unet.load_state_dict({name: weights[key] for key, (name, _) in wanted.items()}, assign=True)
     return let_views_attend(unet)
 

@@ -10,14 +10,13 @@ sd-v2.1-base-4view.pt, which has no tokenizer, so that one must be given. OUT be
 import argparse
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
+from diffusers_patch.weights import read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {
@@ -88,20 +87,6 @@ def _unet_weights(source, revision):
             return read_weights(file)
     raise FileNotFoundError(f"{source} has neither {' nor '.join(f'unet/{name}' for name in WEIGHT_FILES)}: give a "
                             f"complete folder or hub id of MVDream.")
-
-
-def read_weights(file):
-    """The tensors of a .safetensors file, or of a torch file from which nothing but tensors is unpickled.
-
-    Raises ValueError if the file cannot be read: half-downloaded, or not weights."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise ValueError(f"{file} could not be read as a file of weights ({type(error).__name__}: "
-                         f"{str(error).splitlines()[0]}): download it again, completely.") from error
-    return state.get("state_dict", state)
 
 
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
