@@ -21,7 +21,7 @@ def read_weights(file):
 def check_weights(weights, shapes, model, remedy):
     """Raise ValueError that lists which `weights` {key: tensor} are missing, unknown or of another shape.
 
-    shapes: {key: shape} of a complete `model`, which is named in the message, as is the `remedy`: what to give instead."""
+    shapes: {key: shape} of a complete model; model: what the message calls it; remedy: what it says to give instead."""
     problems = {
         "missing": sorted(shapes.keys() - weights.keys()),
         "unknown": sorted(weights.keys() - shapes.keys()),

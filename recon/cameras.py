@@ -125,11 +125,11 @@ def cameras_of_openlrm(vectors):
 
 
 def openlrm_canonical_cameras(cameras, source, distance=None):
-    """`cameras` (..., V) in the world that OpenLRM reconstructs from a view of the camera `source` (..., 1): moved rigidly,
-    all together, so that the source stands at (0, -distance, 0) and looks along +y with z up.
+    """`cameras` (..., V) in the world that OpenLRM reconstructs from a view of the camera `source` (..., 1): moved
+    rigidly, all together, so that the source stands at (0, -distance, 0) and looks along +y with z up.
 
-    Nothing is scaled. distance: None = the source's own distance from the origin, so that a source that looks at the origin
-    keeps the origin, and the object around it, in its place; a number moves them along the source's axis."""
+    Nothing is scaled. distance: None = the source's own distance from the origin, so that a source that looks at the
+    origin keeps the origin, and the object around it, in its place; a number moves them along the source's axis."""
     if distance is None:
         distance = source.c2w[..., :3, 3].norm(dim=-1)
     canonical = look_at((0.0, -1.0, 0.0)).to(source.c2w).expand(source.c2w.shape).clone()

@@ -1,8 +1,8 @@
 """OpenLRM (He and Wang 2023, version 1.1), the open LRM (Hong et al. 2024): one posed view in, a triplane NeRF out.
 
 A fixed set of triplane tokens looks at the view's DINOv2 features through cross-attention, told the camera by
-modulated normalisation. Names and shapes were read from the published checkpoints; the rendering settings are those that
-they were trained with. The published weights are for research only (CC BY-NC 4.0).
+modulated normalisation. Names and shapes were read from the published checkpoints; the rendering settings are those
+that they were trained with. The published weights are for research only (CC BY-NC 4.0).
 """
 
 import json
@@ -30,7 +30,8 @@ ENCODERS = {  # the patch size is 14, the positions are those of images of 518 x
     "dinov2_vits14_reg": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6),
     "dinov2_vitb14_reg": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
 }
-SHARED = dict(camera_embed_dim=1024, triplane_low_res=32, triplane_high_res=64, encoder_type="dinov2", encoder_freeze=False)
+SHARED = dict(
+    camera_embed_dim=1024, triplane_low_res=32, triplane_high_res=64, encoder_type="dinov2", encoder_freeze=False)
 OPTIONS = {  # the config.json of openlrm-obj-*-1.1 and openlrm-mix-*-1.1
     "small": dict(
         SHARED, transformer_layers=12, transformer_dim=512, transformer_heads=8, triplane_dim=32,
@@ -109,21 +110,20 @@ class SingleViewScenes:
 
 
 class OpenLRM(nn.Module):
-    """Arguments: those of a published config.json, see `OPTIONS`, where `encoder_freeze` says how it was trained and changes
-    nothing here. input_size: side of the input view in pixels, None = the published one. encoder_overrides: entries of the
-    encoder's Dinov2WithRegistersConfig that differ from the named one's.
+    """Arguments: those of a published config.json, see `OPTIONS`; its `encoder_freeze` is about training and changes
+    nothing here. input_size: side of the input view in pixels, None = the published one. encoder_overrides: entries of
+    the encoder's Dinov2WithRegistersConfig that differ from the named one's.
 
-    OpenLRM sees one view at a time, so `reconstruct` makes a scene of each of the first `input_views` views, and `render`
-    shows each of them from all cameras. Comparing view j with the picture from its camera of the scene made of view i
-    measures whether j is what i leads one to expect, for the pairs i != j; i = j says little, because the input view is
-    reproduced whatever the others show. No scene ever has to satisfy two views at once. So what a view does not show is
-    guessed from what was learnt in training, and a pair that disagrees there is blamed although the views may be
-    consistent: of opposite views nearly everything is guessed. The distances have a floor of their own that hangs on the
-    object, and mean views of objects that look like training data score better. Use them to compare samples of one prompt
-    rather than as an absolute measure.
+    OpenLRM sees one view at a time: `reconstruct` makes one scene of each of the first `input_views` views, and
+    `render` shows each scene from all cameras. The scene of view i, seen from the camera of view j, against view j
+    measures whether j is what i leads one to expect. That speaks of consistency for i != j only; i = j is nearly a copy
+    of the input, whatever the other views show. And no scene ever has to satisfy two views at once, so this is weaker
+    than what a reconstructor of all views measures: what i does not show is guessed from training, of the opposite view
+    nearly everything, and a consistent view that differs from the guess is blamed. Objects whose hidden sides are easy
+    to guess (symmetric, plain, common) are favoured. Compare samples of one prompt by it; it is no absolute measure.
 
-    Rendering is deterministic: depths in the middle of their bins and evenly spaced inverse-CDF samples, where training
-    drew both at random. The same views always get the same pictures."""
+    Rendering is deterministic, so that the same views always get the same pictures: depths in the middle of their bins
+    and evenly spaced inverse-CDF samples, where training drew both at random."""
 
     num_views = 4
 
@@ -132,8 +132,8 @@ class OpenLRM(nn.Module):
                  encoder_type="dinov2", encoder_freeze=False, input_size=None, encoder_overrides=None):
         super().__init__()
         if encoder_type != "dinov2" or encoder_model_name not in ENCODERS:
-            raise ValueError(f"OpenLRM's encoder is {encoder_type!r} / {encoder_model_name!r}, but only those of version 1.1 "
-                             f"are known: 'dinov2' / {', '.join(map(repr, ENCODERS))}; give a model of version 1.1.")
+            raise ValueError(f"OpenLRM's encoder is {encoder_type!r} / {encoder_model_name!r}, but only 'dinov2' / "
+                             f"{', '.join(map(repr, ENCODERS))} are known: give a model of version 1.1.")
         if triplane_high_res != 2 * triplane_low_res:
             raise ValueError(f"OpenLRM's triplane_high_res = {triplane_high_res} must be twice triplane_low_res = "
                              f"{triplane_low_res}.")
@@ -159,8 +159,8 @@ class OpenLRM(nn.Module):
 
     @staticmethod
     def input_cameras():
-        """Where the views stand: Instant3D's four cameras. OpenLRM is told its view's camera and works with any that looks
-        at the origin; it was trained at distances around 2 with a focal length of 0.75."""
+        """Where the views stand: Instant3D's four cameras. OpenLRM is told its view's camera, which must look at the
+        origin; its own default is at distance 2 with a focal length of 0.75 (67.4 degrees)."""
         return instant3d_cameras()
 
     @property
@@ -174,20 +174,21 @@ class OpenLRM(nn.Module):
         return torch.cat([tokens[:, :1], tokens[:, 1 + self.encoder.config.num_register_tokens :]], 1)
 
     def tokens(self, image, source_camera):
-        """image (B, 3, H, W), source_camera (B, 16) -> triplane tokens (B, 3 side^2, width), plane by plane, row by row."""
+        """image (B, 3, H, W), source_camera (B, 16) -> triplane tokens (B, 3 side^2, width), plane by plane, row by
+        row."""
         condition = self.camera_embedder(source_camera.to(self.pos_embed.dtype))
         return self.transformer(self.pos_embed.expand(len(image), -1, -1), self.features(image), condition)
 
     def planes(self, image, source_camera):
-        """image (B, 3, H, W) in [0, 1] on white, source_camera (B, 16) as of `openlrm_source_vectors` -> (B, 3, C, 2 side,
-        2 side)."""
+        """image (B, 3, H, W) in [0, 1] on white, source_camera (B, 16), see `openlrm_source_vectors` ->
+        (B, 3, C, 2 side, 2 side)."""
         tokens = self.tokens(image, source_camera).unflatten(1, (3, self.side, self.side))
         planes = self.upsampler(tokens.flatten(0, 1).permute(0, 3, 1, 2))
         return planes.unflatten(0, (len(image), 3))
 
     def field(self, planes):
-        """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> raw density (B, P), -inf outside the box, and
-        colour (B, P, 3)."""
+        """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> raw density (B, P), -inf outside the box,
+        and colour (B, P, 3)."""
         everywhere = triplane_field(planes, self.decoder.raw, POINTS)
 
         def evaluate(points):
@@ -209,13 +210,15 @@ class OpenLRM(nn.Module):
 
     def set_dtype(self, dtype):
         """Arithmetic of encoder and transformer; decoder, geometry and compositing stay in float32."""
-        self.to(dtype).decoder.float()
+        for network in (self.encoder, self.camera_embedder, self.transformer, self.upsampler):
+            network.to(dtype)
+        self.pos_embed.data = self.pos_embed.data.to(dtype)
         return self
 
     @torch.no_grad()
     def reconstruct(self, views, cameras):
-        """views (B, V, 3, S, S) in [0, 1] on white, cameras of V (or (B, V)) views that look at the origin -> SingleViewScenes
-        of the first `input_views`.
+        """views (B, V, 3, S, S) in [0, 1] on white, cameras of V (or (B, V)) views that look at the origin ->
+        SingleViewScenes of the first `input_views`.
 
         Raises ValueError if there are fewer views than that."""
         B, V = views.shape[:2]
@@ -232,18 +235,24 @@ class OpenLRM(nn.Module):
 
     @torch.no_grad()
     def render(self, scene, cameras, size):
-        """Pictures of every scene from M cameras in the common world: images (B, K, M, 3, size, size) in [0, 1] on white,
-        alpha (B, K, M, 1, size, size), K being the view that the scene was made of."""
+        """Pictures of every scene from M cameras in the common world: images (B, K, M, 3, size, size) in [0, 1] on
+        white, alpha (B, K, M, 1, size, size), K being the view that the scene was made of."""
         B, K = scene.planes.shape[:2]
         cameras = (cameras.expand(B) if cameras.c2w.ndim == 3 else cameras).to(scene.planes.device)
         seen = openlrm_canonical_cameras(
             Cameras(cameras.c2w[:, None], cameras.fxfycxcy[:, None]),
             Cameras(scene.sources.c2w[:, :, None], scene.sources.fxfycxcy[:, :, None]))
-        pictures = []
-        for planes, c2w, fxfycxcy in zip(scene.planes.flatten(0, 1), seen.c2w.flatten(0, 1), seen.fxfycxcy.flatten(0, 1)):
-            render = lambda *rays: tuple(x[0] for x in self.render_rays(planes[None], *(ray[None] for ray in rays)))
-            pictures.append(render_images(render, Cameras(c2w, fxfycxcy), size, self.chunk_size))
+        pictures = [
+            self._pictures(planes, Cameras(c2w, fxfycxcy), size) for planes, c2w, fxfycxcy in
+            zip(scene.planes.flatten(0, 1), seen.c2w.flatten(0, 1), seen.fxfycxcy.flatten(0, 1))]
         return tuple(torch.stack(values).unflatten(0, (B, K)) for values in zip(*pictures))
+
+    def _pictures(self, planes, cameras, size):
+        def render(origins, directions):
+            colour, alpha = self.render_rays(planes[None], origins[None], directions[None])
+            return colour[0], alpha[0]
+
+        return render_images(render, cameras, size, self.chunk_size)
 
     @classmethod
     def from_pretrained(cls, path):
@@ -255,15 +264,15 @@ class OpenLRM(nn.Module):
         weights = path if path.suffix == ".safetensors" else path / "model.safetensors"
         for file in (folder / "config.json", weights):
             if not file.is_file():
-                raise FileNotFoundError(f"recon.checkpoint = {str(path)!r}: there is no {file}; download the complete folder "
-                                        f"of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1.")
+                raise FileNotFoundError(f"recon.checkpoint = {str(path)!r}: there is no {file}; download the complete "
+                                        f"folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1.")
         try:
             config = json.loads((folder / "config.json").read_text())
             with torch.device("meta"):
                 model = cls(**config)
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not the configuration of an OpenLRM v1.1 ({error}): give the one "
-                             f"that was published with the weights.") from error
+            raise ValueError(f"{folder / 'config.json'} is not the configuration of an OpenLRM v1.1 ({error}): give "
+                             f"the one that was published with the weights.") from error
         model.load_state_dict(convert_openlrm(read_weights(weights), model), assign=True)
         return model.eval()
 

@@ -1,4 +1,4 @@
-"""OpenLRM's published weights (https://huggingface.co/zxhezexin, version 1.1) under the names of `recon.openlrm.OpenLRM`.
+"""OpenLRM's published weights (version 1.1, https://huggingface.co/zxhezexin) under the names of `recon.openlrm`.
 
 Only what comes from a library has other names here: the encoder is transformers' Dinov2WithRegistersModel, which keeps
 queries, keys and values apart where DINOv2 stacks them in one matrix.

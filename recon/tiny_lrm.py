@@ -6,6 +6,7 @@ the model small enough to be trained on one CPU core; everything after the plane
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -149,7 +150,7 @@ class TinyLRM(nn.Module):
         for b in range(B):
             field = self.field(scene.planes[b : b + 1])
             occupied = occupancy_grid(field, 1, OCCUPANCY, 0.01, scene.planes.device)[0]
-            render = lambda origins, directions: render_occupied(field, occupied, origins, directions, SAMPLES)
+            render = partial(render_occupied, field, occupied, samples=SAMPLES)
             pictures = render_images(render, Cameras(cameras.c2w[b], cameras.fxfycxcy[b]), size, self.chunk_size)
             images.append(pictures[0])
             alpha.append(pictures[1])

@@ -62,7 +62,7 @@ class TriplaneDecoder(nn.Module):
 def triplane_field(planes, decode, block):
     """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> density (B, P), colour (B, P, 3).
 
-    decode: features (B, P, 3 C) -> density, colour; block: points of a scene decoded at a time, which bounds the memory."""
+    decode: features (B, P, 3 C) -> density, colour; block: points of a scene decoded at a time: bounds the memory."""
 
     def evaluate(points):
         parts = [decode(sample_planes(planes, part)) for part in points.split(block, dim=1)]
@@ -83,8 +83,8 @@ def box_interval(origins, directions, low=-1.0, high=1.0):
 def composite(depths, density, colour, background=1.0, activation=None):
     """Emission-absorption along rays.
 
-    depths, density: (..., D); colour: (..., D, 3); activation: makes densities of the means of raw ones, for fields that
-    give raw densities (-inf is emptiness: it empties both intervals that it bounds).
+    depths, density: (..., D); colour: (..., D, 3); activation: makes densities of the means of raw ones, for fields
+    that give raw densities (-inf is emptiness: it empties both intervals that it bounds).
     Returns colour (..., 3), alpha (...), weights (..., D - 1)."""
     sigma = (density[..., 1:] + density[..., :-1]) / 2
     sigma = sigma if activation is None else activation(sigma)
@@ -105,8 +105,8 @@ def stratified_depths(near, far, samples, jitter, bins=None):
 
 
 def importance_depths(depths, weights, samples, u, floor=1e-3):
-    """Inverse-transform samples of the piecewise constant density `weights` + `floor` (..., D - 1) over the intervals of
-    `depths` (..., D), for u in [0, 1]: (samples,) or (..., samples). NeRF, section 5.2."""
+    """Inverse-transform samples of the piecewise constant density `weights` + `floor` (..., D - 1) over the intervals
+    of `depths` (..., D), for u in [0, 1]: (samples,) or (..., samples). NeRF, section 5.2."""
     pdf = weights + floor
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))
     u = u.expand(*cdf.shape[:-1], samples).contiguous()
@@ -117,11 +117,11 @@ def importance_depths(depths, weights, samples, u, floor=1e-3):
 
 
 def blurred_importance_depths(depths, weights, samples, u):
-    """`importance_depths` as the published LRMs were trained with: the weights of all but the outer intervals, widened by
+    """`importance_depths` as OpenLRM was trained with: the weights of all but the outer intervals, widened by
     mip-NeRF's filter (max(w_{i-1}, w_i) + max(w_i, w_{i+1})) / 2 + 0.01, over bins between the intervals' midpoints.
 
-    depths: (..., D) with D >= 4. There is one bin more than weights; the last one gets none, so that every weight stands
-    half an interval in front of its place."""
+    depths: (..., D) with D >= 4. There is one bin more than weights; the last one gets none, so that every weight
+    stands half an interval in front of its place."""
     pairs = torch.maximum(weights[..., 1:], weights[..., :-1])
     middles = (depths[..., 1:] + depths[..., :-1]) / 2
     return importance_depths(middles[..., :-1], (pairs[..., 1:] + pairs[..., :-1]) / 2, samples, u, floor=0.01 + 1e-5)
