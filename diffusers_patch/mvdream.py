@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_patch.policy import MultiViewPolicy
-from diffusers_patch.weights import differences
+from diffusers_patch.weights import check_weights
 
 VIEWS = 4
 DECODE_BATCH = 8  # samples decoded at a time: bounds the memory of the VAE
@@ -100,13 +100,10 @@ def convert_mvdream_unet(state_dict, **unet_overrides):
     config = {**UNET_CONFIG, **unet_overrides}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
-    stock = unet.state_dict()
-    ldm_names = {name: ldm_name(name, unet.config) for name in stock}
-    problems = differences({ldm_names[name]: value for name, value in stock.items()}, weights)
-    if problems:
-        raise ValueError(f"These are not the weights of this MVDream UNet: {problems}. Give a complete checkpoint of MVDream, "
-                         f"or the overrides of its UNet's configuration.")
-    unet.load_state_dict({name: weights[key] for name, key in ldm_names.items()}, assign=True)
+    wanted = {ldm_name(name, unet.config): (name, value.shape) for name, value in unet.state_dict().items()}
+    check_weights(weights, {key: shape for key, (_, shape) in wanted.items()}, "this MVDream UNet",
+                  "a complete checkpoint of MVDream, or the overrides of its UNet's configuration")
+    unet.load_state_dict({name: weights[key] for key, (name, _) in wanted.items()}, assign=True)
     return let_views_attend(unet)
 
 

@@ -23,16 +23,25 @@ def read_weights(file):
     return state.get("state_dict", state)
 
 
-def differences(wanted, found):
-    """How the tensors of a file differ from those of a module, in words; "" if they do not.
+def differences(weights, shapes):
+    """Which `weights` {key: tensor} are missing, unknown or of another shape, in words; "" if none.
 
-    wanted, found: {key: tensor}, of which only the keys and shapes are looked at."""
+    shapes: {key: shape} of a complete model."""
     problems = {
-        "missing": sorted(wanted.keys() - found.keys()),
-        "unknown": sorted(found.keys() - wanted.keys()),
+        "missing": sorted(shapes.keys() - weights.keys()),
+        "unknown": sorted(weights.keys() - shapes.keys()),
         "of another shape": sorted(
-            f"{key}: {tuple(found[key].shape)} instead of {tuple(wanted[key].shape)}"
-            for key in wanted.keys() & found.keys() if found[key].shape != wanted[key].shape),
+            f"{key}: {tuple(weights[key].shape)} instead of {tuple(shapes[key])}"
+            for key in shapes.keys() & weights.keys() if tuple(weights[key].shape) != tuple(shapes[key])),
     }
     return "; ".join(f"{len(keys)} {what} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
                      for what, keys in problems.items() if keys)
+
+
+def check_weights(weights, shapes, model, remedy):
+    """Raise ValueError that lists the `differences`.
+
+    model: what the message calls the model; remedy: what it says to give instead."""
+    found = differences(weights, shapes)
+    if found:
+        raise ValueError(f"These are not the weights of {model}: {found}. Give {remedy}.")

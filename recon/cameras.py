@@ -97,10 +97,16 @@ def mvdream_cameras(elevation=0.0, azimuth_start=0.0):
     return orbit_cameras(azimuth, elevation, radius=1.5, fov=49.1)
 
 
+def flip_axes(c2w):
+    """Poses (..., 4, 4) with OpenCV axes (y down, z forward) -> the same with OpenGL's, which are Blender's too (y up,
+    z backward), and back."""
+    return c2w * c2w.new_tensor([1.0, -1.0, -1.0, 1.0])
+
+
 def mvdream_camera_vectors(cameras):
     """What MVDream's UNet is told of `cameras` (..., V): (..., V, 16), row-major camera-to-world matrices with OpenGL
     axes (y up, z backward) and positions on the unit sphere."""
-    c2w = cameras.c2w * torch.tensor([1.0, -1.0, -1.0, 1.0], device=cameras.c2w.device)
+    c2w = flip_axes(cameras.c2w)
     position = torch.nn.functional.normalize(c2w[..., :3, 3:], dim=-2)
     return torch.cat([torch.cat([c2w[..., :3, :3], position], -1), c2w[..., 3:, :]], -2).flatten(-2)
 
@@ -123,6 +129,33 @@ def from_lgm_axes(positions, quaternions):
     # times (1 + i + j + k) / 2, the turn that sends its x, y, z to our y, z, x
     turned = torch.stack([w - x - y - z, w + x + z - y, w + y + x - z, w + z + y - x], -1) / 2
     return positions[..., OUR_AXES], turned
+
+
+def openlrm_source_vectors(cameras):
+    """What OpenLRM is told of its input views' `cameras` (..., V): (..., V, 16), the upper three rows of the row-major
+    camera-to-world matrix with OpenGL axes, then fx, fy, cx, cy of an image whose sides have length 1."""
+    return torch.cat([flip_axes(cameras.c2w)[..., :3, :].flatten(-2), cameras.fxfycxcy], -1)
+
+
+def cameras_of_openlrm(vectors):
+    """OpenLRM's render cameras (..., V, 25), a row-major camera-to-world matrix with OpenGL axes and a row-major 3x3
+    intrinsic matrix of an image whose sides have length 1, as `Cameras`."""
+    intrinsics = vectors[..., 16:]
+    return Cameras(flip_axes(vectors[..., :16].unflatten(-1, (4, 4))), intrinsics[..., [0, 4, 2, 5]])
+
+
+def openlrm_canonical_cameras(cameras, source, distance=None):
+    """`cameras` (..., V) in the world that OpenLRM reconstructs from a view of the camera `source` (..., 1): moved
+    rigidly, all together, so that the source stands at (0, -distance, 0) and looks along +y with z up.
+
+    Nothing is scaled. distance: None = the source's own distance from the origin, so that a source that looks at the
+    origin keeps the origin, and the object around it, in its place; a number moves them along the source's axis."""
+    if distance is None:
+        distance = source.c2w[..., :3, 3].norm(dim=-1)
+    canonical = look_at((0.0, -1.0, 0.0)).to(source.c2w).expand(source.c2w.shape).clone()
+    canonical[..., 1, 3] = -distance
+    c2w = canonical @ torch.linalg.inv(source.c2w) @ cameras.c2w
+    return Cameras(c2w, cameras.fxfycxcy.expand(*c2w.shape[:-2], 4))
 
 
 def rays(cameras, size):

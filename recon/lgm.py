@@ -224,14 +224,13 @@ class LGM(nn.Module):
         for name, options in OPTIONS.items():
             with torch.device("meta"):
                 model = cls(**options)
-            problems[name] = differences(model.state_dict(), weights)
+            problems[name] = differences(weights, {key: value.shape for key, value in model.state_dict().items()})
             if not problems[name]:
                 model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
                 model.cameras = cls.input_cameras()
                 return model.eval()
-        nearest = min(problems, key=lambda name: len(problems[name]))
-        raise ValueError(f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)}: for "
-                         f"{nearest!r}, {problems[nearest]}; give the public {PUBLISHED}.")
+        raise ValueError(f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)} (for 'big': "
+                         f"{problems['big']}): give the public {PUBLISHED}.")
 
 
 def _checkpoint_file(checkpoint):

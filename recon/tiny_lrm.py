@@ -6,6 +6,7 @@ the model small enough to be trained on one CPU core; everything after the plane
 """
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,8 +14,15 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from recon.cameras import Cameras, instant3d_cameras, project, rays
-from recon.volume_rendering import Triplane, TriplaneDecoder, occupancy_grid, render_occupied, sample_planes
+from recon.cameras import Cameras, instant3d_cameras, project
+from recon.volume_rendering import (
+    Triplane,
+    TriplaneDecoder,
+    occupancy_grid,
+    render_images,
+    render_occupied,
+    triplane_field,
+)
 
 RECONSTRUCT_BATCH = 8  # scenes reconstructed at a time: bounds the memory
 SAMPLES = 48  # depths of a ray inside the box around the object
@@ -120,13 +128,7 @@ class TinyLRM(nn.Module):
 
     def field(self, planes):
         """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
-
-        def evaluate(points):
-            # in blocks whose activations stay in the processor's cache
-            parts = [self.decoder(sample_planes(planes, part)) for part in points.split(POINTS, dim=1)]
-            return tuple(torch.cat(values, 1) for values in zip(*parts))
-
-        return evaluate
+        return triplane_field(planes, self.decoder, POINTS)
 
     def set_dtype(self, dtype):
         """Arithmetic of the networks; geometry and compositing stay in float32."""
@@ -142,21 +144,17 @@ class TinyLRM(nn.Module):
     @torch.no_grad()
     def render(self, scene, cameras, size):
         """Deterministic pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size, size)."""
-        B, M = len(scene), len(cameras)
+        B = len(scene)
         cameras = cameras.expand(B) if cameras.c2w.ndim == 3 else cameras
-        colour, alpha = [], []
+        images, alpha = [], []
         for b in range(B):
             field = self.field(scene.planes[b : b + 1])
-            origins, directions = (x.flatten(0, 1) for x in rays(Cameras(cameras.c2w[b], cameras.fxfycxcy[b]), size))
-            occupied = occupancy_grid(field, 1, OCCUPANCY, 0.01, origins.device)[0]
-            parts = [
-                render_occupied(field, occupied, o, d, SAMPLES)
-                for o, d in zip(origins.split(self.chunk_size), directions.split(self.chunk_size))
-            ]
-            colour.append(torch.cat([part[0] for part in parts]))
-            alpha.append(torch.cat([part[1] for part in parts]))
-        images = torch.stack(colour).reshape(B, M, size, size, 3).permute(0, 1, 4, 2, 3).clamp(0, 1)
-        return images, torch.stack(alpha).reshape(B, M, 1, size, size)
+            occupied = occupancy_grid(field, 1, OCCUPANCY, 0.01, scene.planes.device)[0]
+            render = partial(render_occupied, field, occupied, samples=SAMPLES)
+            pictures = render_images(render, Cameras(cameras.c2w[b], cameras.fxfycxcy[b]), size, self.chunk_size)
+            images.append(pictures[0])
+            alpha.append(pictures[1])
+        return torch.stack(images), torch.stack(alpha)
 
     def save_pretrained(self, folder):
         folder = Path(folder)

@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from recon.cameras import rays
 
 FRONT = 8  # samples of a ray evaluated together, front to back
 OPAQUE = 7.0  # optical thickness behind which nothing is seen: exp(-7) < 1e-3
@@ -45,8 +46,29 @@ class TriplaneDecoder(nn.Module):
         self.net = nn.Sequential(*blocks, nn.Linear(hidden, 4))
 
     def forward(self, features):
+        raw, colour = self.raw(features)
+        return self.density(raw), colour
+
+    def raw(self, features):
+        """Density (...) before `density` makes it positive, and colour (..., 3)."""
         out = self.net(features.to(self.net[0].weight.dtype)).float()
-        return F.softplus(out[..., 0] - 1), torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
+        return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
+
+    @staticmethod
+    def density(raw):
+        return F.softplus(raw - 1)
+
+
+def triplane_field(planes, decode, block):
+    """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> density (B, P), colour (B, P, 3).
+
+    decode: features (B, P, 3 C) -> density, colour; block: points of a scene decoded at a time: bounds the memory."""
+
+    def evaluate(points):
+        parts = [decode(sample_planes(planes, part)) for part in points.split(block, dim=1)]
+        return tuple(torch.cat(values, 1) for values in zip(*parts))
+
+    return evaluate
 
 
 def box_interval(origins, directions, low=-1.0, high=1.0):
@@ -58,11 +80,14 @@ def box_interval(origins, directions, low=-1.0, high=1.0):
     return near, far
 
 
-def composite(depths, density, colour, background=1.0):
+def composite(depths, density, colour, background=1.0, activation=None):
     """Emission-absorption along rays.
 
-    depths, density: (..., D); colour: (..., D, 3). Returns colour (..., 3), alpha (...), weights (..., D - 1)."""
+    depths, density: (..., D); colour: (..., D, 3); activation: makes densities of the means of raw ones, for fields
+    that give raw densities (-inf is emptiness: it empties both intervals that it bounds).
+    Returns colour (..., 3), alpha (...), weights (..., D - 1)."""
     sigma = (density[..., 1:] + density[..., :-1]) / 2
+    sigma = sigma if activation is None else activation(sigma)
     rgb = (colour[..., 1:, :] + colour[..., :-1, :]) / 2
     optical = sigma * depths.diff(dim=-1)
     transmittance = torch.exp(-torch.cat([torch.zeros_like(optical[..., :1]), optical[..., :-1].cumsum(-1)], -1))
@@ -71,17 +96,18 @@ def composite(depths, density, colour, background=1.0):
     return (weights[..., None] * rgb).sum(-2) + (1 - alpha[..., None]) * background, alpha, weights
 
 
-def stratified_depths(near, far, samples, jitter):
+def stratified_depths(near, far, samples, jitter, bins=None):
     """Depths (..., samples) in [near, far]: one in each of `samples` equal bins, at `jitter` in [0, 1] of the bin
-    (a number, or a tensor (..., samples))."""
-    steps = (torch.arange(samples, device=near.device, dtype=near.dtype) + jitter) / samples
+    (a number, or a tensor (..., samples)). bins: how many bins [near, far] is cut into, if not `samples`; with
+    `samples` - 1 the first depth is at or behind near, the last one at or behind far."""
+    steps = (torch.arange(samples, device=near.device, dtype=near.dtype) + jitter) / (bins or samples)
     return near[..., None] + (far - near)[..., None] * steps
 
 
-def importance_depths(depths, weights, samples, u):
-    """Inverse-transform samples of the piecewise constant density `weights` (..., D - 1) over the intervals of `depths`
-    (..., D), for u in (0, 1): (samples,) or (..., samples). NeRF, section 5.2."""
-    pdf = weights + 1e-3
+def importance_depths(depths, weights, samples, u, floor=1e-3):
+    """Inverse-transform samples of the piecewise constant density `weights` + `floor` (..., D - 1) over the intervals
+    of `depths` (..., D), for u in [0, 1]: (samples,) or (..., samples). NeRF, section 5.2."""
+    pdf = weights + floor
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))
     u = u.expand(*cdf.shape[:-1], samples).contiguous()
     upper = torch.searchsorted(cdf.contiguous(), u, right=True).clamp(1, cdf.shape[-1] - 1)
@@ -90,33 +116,58 @@ def importance_depths(depths, weights, samples, u):
     return t0 + (t1 - t0) * ((u - c0) / (c1 - c0).clamp(min=1e-8)).clamp(0, 1)
 
 
-def render_rays(field, origins, directions, coarse, fine, jitter=0.5, u=None):
-    """Coarse-to-fine rendering of every ray: field(points (B, P, 3)) -> density (B, P), colour (B, P, 3);
-    origins, directions (B, R, 3). jitter: number or (B, R, coarse); u: None (evenly spaced) or (B, R, fine) in (0, 1).
+def blurred_importance_depths(depths, weights, samples, u):
+    """`importance_depths` as OpenLRM was trained with: the weights of all but the outer intervals, widened by
+    mip-NeRF's filter (max(w_{i-1}, w_i) + max(w_i, w_{i+1})) / 2 + 0.01, over bins between the intervals' midpoints.
 
-    Returns colour (B, R, 3) on white and alpha (B, R). Rays that miss the box are white."""
+    depths: (..., D) with D >= 4. There is one bin more than weights; the last one gets none, so that every weight
+    stands half an interval in front of its place."""
+    pairs = torch.maximum(weights[..., 1:], weights[..., :-1])
+    middles = (depths[..., 1:] + depths[..., :-1]) / 2
+    return importance_depths(middles[..., :-1], (pairs[..., 1:] + pairs[..., :-1]) / 2, samples, u, floor=0.01 + 1e-5)
+
+
+def render_rays(field, origins, directions, coarse, fine, jitter=0.5, u=None, bins=None, resample=importance_depths,
+                activation=None, background=1.0):
+    """Coarse-to-fine rendering of every ray: field(points (B, P, 3)) -> density (B, P), colour (B, P, 3);
+    origins, directions (B, R, 3). jitter: number or (B, R, coarse); u: None (evenly spaced), (fine,) or (B, R, fine).
+
+    bins: see `stratified_depths`; resample: how the fine depths are chosen, `importance_depths` or
+    `blurred_importance_depths`; activation, background: see `composite`.
+    Returns colour (B, R, 3) and alpha (B, R). Rays that miss the box show the background."""
     near, far = box_interval(origins, directions)
     hit = near < far
-    near, far = torch.where(hit, near, torch.zeros_like(near)), torch.where(hit, far, torch.ones_like(far))
+    near = torch.where(hit, near, torch.zeros_like(near))
+    far = torch.where(hit, far, near)  # without length there is nothing to see
 
     def evaluate(depths):
         points = origins[..., None, :] + directions[..., None, :] * depths[..., None]
         density, colour = field(points.flatten(1, 2))
         return density.reshape(depths.shape), colour.reshape(*depths.shape, 3)
 
-    depths = stratified_depths(near, far, coarse, jitter)
+    depths = stratified_depths(near, far, coarse, jitter, bins)
     density, colour = evaluate(depths)
     if fine:
         with torch.no_grad():
-            weights = composite(depths, density, colour)[2]
+            weights = composite(depths, density, colour, activation=activation)[2]
             u = (torch.arange(fine, device=depths.device, dtype=depths.dtype) + 0.5) / fine if u is None else u
-            more = importance_depths(depths, weights, fine, u)
+            more = resample(depths, weights, fine, u)
         depths, order = torch.cat([depths, more], -1).sort(-1)
         density_fine, colour_fine = evaluate(more)
         density = torch.cat([density, density_fine], -1).gather(-1, order)
         colour = torch.cat([colour, colour_fine], -2).gather(-2, order[..., None].expand(*order.shape, 3))
-    rgb, alpha, _ = composite(depths, density * hit[..., None], colour)
+    rgb, alpha, _ = composite(depths, density, colour, background, activation)
     return rgb, alpha
+
+
+def render_images(render, cameras, size, chunk_size):
+    """Pictures of one scene from M cameras: images (M, 3, size, size) in [0, 1], alpha (M, 1, size, size).
+
+    render: origins (N, 3), directions (N, 3) -> colour (N, 3), alpha (N,), called with at most `chunk_size` rays."""
+    origins, directions = (x.flatten(0, 1) for x in rays(cameras, size))
+    parts = [render(o, d) for o, d in zip(origins.split(chunk_size), directions.split(chunk_size))]
+    colour, alpha = (torch.cat(values).unflatten(0, (len(cameras), size, size)) for values in zip(*parts))
+    return colour.permute(0, 3, 1, 2).clamp(0, 1), alpha[:, None]
 
 
 def occupancy_grid(field, batch, resolution, threshold, device=None):

@@ -12,7 +12,6 @@ import recon.lgm
 from config import base, dgx
 from config.validate import validate
 from ddpo.setup import check_cameras
-from diffusers_patch.weights import differences
 from recon import load_reconstructor
 from recon.cameras import from_lgm_axes, lgm_pluecker
 from recon.lgm import LGM, OPTIONS, PUBLISHED
@@ -30,7 +29,6 @@ def golden(name):
     tensors = load_file(file)
     model = LGM(**{key: value for key, value in options.items() if key not in NOT_OF_THE_NETWORK})
     weights = {key.removeprefix("w/"): value.float() for key, value in tensors.items() if key.startswith("w/")}
-    assert not differences(model.state_dict(), weights)
     model.load_state_dict(weights)
     return model.eval(), tensors
 
@@ -109,7 +107,7 @@ def test_loading(tmp_path, monkeypatch):
     config = base.get_config().recon
     config.name, config.checkpoint, config.dtype = "lgm", str(file), "fp32"
     loaded = load_reconstructor(config)
-    assert not differences(model.state_dict(), loaded.state_dict()) and loaded.input_size == 32
+    assert loaded.input_size == 32
     views = tensors["in/image01"]
     scenes = [one.reconstruct(views, one.cameras).means for one in (loaded, model)]
     assert torch.equal(*scenes)
