@@ -9,10 +9,10 @@ from types import ModuleType
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from recon import grm_checkpoint
 from recon.cameras import Cameras, project
@@ -21,7 +21,8 @@ from recon.grm_checkpoint import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
-SMALL = dict(in_channels=3, input_res=16, patch_size=8, layers=2, width=64, window_size=32, decoder_ratio=1)
+SMALL = {"in_channels": 3, "input_res": 16, "patch_size": 8, "layers": 2, "width": 64, "window_size": 32,
+         "decoder_ratio": 1}
 
 
 def golden_grm(name):
