@@ -171,7 +171,7 @@ def get_config() -> ConfigDict:
     config.reward_fn = "mrc"
 
     config.recon = ConfigDict()
-    # Sparse-view reconstructor: "tiny_lrm" or "lgm".
+    # Sparse-view reconstructor: "tiny_lrm", "lgm", "grm" or "openlrm".
     config.recon.name = "tiny_lrm"
     # Its weights: a folder or file, or a hub id such as "ashawkey/LGM". Must be given when reward_fn = "mrc".
     config.recon.checkpoint = ""
@@ -181,6 +181,12 @@ def get_config() -> ConfigDict:
     config.recon.render_size = 512
     # Most rays rendered at once: bounds the memory, changes no result.
     config.recon.chunk_size = 65536
+    # Only "openlrm", which reconstructs from one view at a time: how many of the views, 1 to 4, it does so from, in
+    # turn. Each scene is compared with the other views; 4 judges every pair, 1 is four times cheaper.
+    config.recon.input_views = 4
+    # Cut the objects out of the painted views with `rembg` (pip install rembg) before they are judged, for painters
+    # that do not paint on white, such as MVDream.
+    config.recon.remove_background = False
 
     config.mrc = ConfigDict()
     # Compare the object's bounding box (published) instead of the whole view.

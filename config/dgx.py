@@ -72,6 +72,7 @@ def mvdream_lgm() -> ConfigDict:
     config.sample.guidance_scale = 7.5
     config.sample.batch_size = 16
     config.recon.dtype = "fp16"
+    config.recon.remove_background = True  # MVDream paints on gray
     config.recon.render_size = 256
     return config
 

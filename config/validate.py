@@ -31,7 +31,7 @@ CHOICES = {
     "painter.name": ("mv_sdxl", "mvdream"),
     "lora.targets": ("attention", "attention+conv"),
     "train.timestep_weighting": ("uniform", "noise"),
-    "recon.name": ("tiny_lrm", "lgm"),
+    "recon.name": ("tiny_lrm", "lgm", "grm", "openlrm"),
     "recon.dtype": ("fp32", "bf16", "fp16"),
 }
 
@@ -73,6 +73,7 @@ RANGES = {
     "train.kl_calibration_updates": "[1, inf)",
     "recon.render_size": "[32, inf)",
     "recon.chunk_size": "[1, inf)",
+    "recon.input_views": "[1, 4]",
     "mrc.min_foreground": "[0, 1)",
     "mrc.empty_view_reward": "(-inf, 0)",
     "per_prompt_stat_tracking.buffer_size": "[0, inf)",
@@ -114,7 +115,7 @@ def validate(config: ConfigDict, num_processes: int, device_type: str | None = N
     _check_train_batch_fits(config)
     _check_batches(config, num_processes)
     _check_steps(config)
-    _check_painter(config)
+    _check_foreign_keys(config)
     _check_statistics_and_kl(config)
     _check_precision(config, device_type)
     _check_required(config)
@@ -296,13 +297,16 @@ def _check_steps(config: ConfigDict) -> None:
                          f"{total_updates} updates of the run: lower it or raise config.num_epochs")
 
 
-def _check_painter(config: ConfigDict) -> None:
-    """Keys of the one painter that are set for the other would be ignored in silence."""
+def _check_foreign_keys(config: ConfigDict) -> None:
+    """Keys of one painter or sculptor that are set for another would be ignored in silence."""
     default = base.get_config().painter
     for key in ("elevation", "azimuth_start", "negative_prompt"):
         if config.painter.name != "mvdream" and config.painter[key] != default[key]:
             raise ValueError(f"config.painter.{key} is {config.painter[key]!r}, which only the painter 'mvdream' can "
                              f"follow: set config.painter.name to 'mvdream', or leave the key out")
+    if config.recon.name != "openlrm" and config.recon.input_views != base.get_config().recon.input_views:
+        raise ValueError(f"config.recon.input_views is {config.recon.input_views!r}, which only the sculptor 'openlrm' can "
+                         f"follow: set config.recon.name to 'openlrm', or leave the key out")
 
 
 def _check_statistics_and_kl(config: ConfigDict) -> None:

@@ -21,7 +21,7 @@ from diffusers_patch.mvdream_checkpoints import SCHEDULER, load_mvdream_pipeline
 from diffusers_patch.policy import LORA_FILE
 from mrc import LPIPS, MRC, jpeg_compressibility, jpeg_incompressibility
 from mrc.bounding_box import foreground_mask
-from recon import load_reconstructor, reconstructor_cameras
+from recon import background_remover, load_reconstructor, reconstructor_cameras
 from recon.cameras import camera_disagreement, instant3d_cameras, mvdream_camera_vectors, mvdream_cameras
 
 
@@ -202,4 +202,5 @@ def load_reward(config, device):
     lpips = LPIPS(config.mrc.lpips_checkpoint).to(device)
     judge = MRC(reconstructor, lpips, bbox_lpips=config.mrc.bbox_lpips, min_foreground=config.mrc.min_foreground,
                 empty_view_reward=config.mrc.empty_view_reward, render_size=config.recon.render_size)
-    return lambda views, prompts: judge(views)
+    on_white = background_remover() if config.recon.remove_background else lambda views: views
+    return lambda views, prompts: judge(on_white(views))

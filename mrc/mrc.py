@@ -5,12 +5,14 @@ each other survive this unchanged; views that contradict each other cannot all b
 each view and its render inside the object's bounding box, and the reward is -MRC.
 """
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 
 from mrc.bounding_box import compute_bounding_box, crop_box, foreground_mask, make_square_bbox
+from recon.background import background_is_white
 
 
 @dataclass
@@ -18,7 +20,8 @@ class MRCResult:
     """The verdict on B samples of V views."""
 
     reward: torch.Tensor  # (B,) -mean LPIPS, or empty_view_reward for a sample with an empty view; higher is better
-    lpips: torch.Tensor  # (B, V) distance between view and render, of empty views too (where it means nothing)
+    lpips: torch.Tensor  # (B, V) distance between view and render, of empty views too (where it means nothing); NaN for a
+    # view that no scene was asked about, see `score_views`
     renders: torch.Tensor  # (B, V, 3, S, S) in [0, 1], the reconstruction seen from the views' cameras
     empty: torch.Tensor  # (B, V) bool, the view shows no object, or too little of it
     foreground: torch.Tensor  # (B, V) share of the view that is foreground, in [0, 1]; watch it for shrinking objects
@@ -28,7 +31,8 @@ class MRC:
     """`MRC(reconstructor, lpips)(views) -> MRCResult`, the reward that Carve3D learns from.
 
     reconstructor: has `cameras`, `num_views` and `input_size`, and the methods `reconstruct(views, cameras) -> scene` and
-        `render(scene, cameras, size) -> (images (B, V, 3, size, size), alpha)`.
+        `render(scene, cameras, size) -> (images (B, V, 3, size, size), alpha)`; images (B, K, V, 3, size, size) of K scenes
+        of single views are taken too, see `score_views`.
     lpips: callable (N, 3, H, W) x 2 -> (N,), see `mrc.lpips.LPIPS`.
     render_size: side of the renders in pixels; None renders at the views' size. Views of another size are resized to it.
     bbox_lpips, min_foreground, empty_view_reward: see `score_views`.
@@ -41,6 +45,7 @@ class MRC:
         self.min_foreground = min_foreground
         self.empty_view_reward = empty_view_reward
         self.render_size = render_size
+        self._warned = False
 
     @torch.no_grad()
     def __call__(self, views):
@@ -52,6 +57,7 @@ class MRC:
             raise ValueError(f"MRC got views of shape {tuple(views.shape)}: the reconstructor wants (B, "
                              f"{self.reconstructor.num_views}, 3, S, S).")
         _require_finite("painted views", views)
+        self._warn_of_background(views)
         views, cameras = views.float(), self.reconstructor.cameras
         size = self.render_size or views.shape[-1]
         scene = self.reconstructor.reconstruct(resize_views(views, self.reconstructor.input_size), cameras)
@@ -59,11 +65,21 @@ class MRC:
         return score_views(
             resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward)
 
+    def _warn_of_background(self, views):
+        """Once: everything that is not white is taken for the object."""
+        coloured = int((~background_is_white(views)).sum())
+        if coloured and not self._warned:
+            self._warned = True
+            warnings.warn(f"{coloured} of {len(views)} samples are not on white, so that MRC takes their background for a part of "
+                          f"the object: set config.recon.remove_background to True, or prompt for a white background.")
+
 
 @torch.no_grad()
 def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0):
-    """MRC of views and their renders, both (B, V, 3, S, S) in [0, 1], as an `MRCResult`.
+    """MRC of views (B, V, 3, S, S) and their renders, both in [0, 1], as an `MRCResult`.
 
+    renders: (B, V, 3, S, S) of one scene made of all views; or (B, K, V, 3, S, S) of K scenes, each made of one view, the
+        first K in turn. A scene made of a view says nothing new about that view, so those pairs are left out.
     lpips: callable (N, 3, S, S) x 2 -> (N,).
     bbox_lpips: compare inside the box of the VIEW's foreground (as published), or whole views.
     min_foreground: a view with a smaller share of foreground, in [0, 1], counts as empty, as does one without any.
@@ -73,24 +89,33 @@ def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, em
 
     Raises ValueError if the shapes differ or a pixel is not finite.
     """
-    if views.shape != renders.shape:
-        raise ValueError(f"views have shape {tuple(views.shape)} but their renders {tuple(renders.shape)}: render at the "
-                         f"views' cameras and size.")
+    V = views.shape[1]
+    of_all_views = renders.ndim == views.ndim
+    renders = renders[:, None] if of_all_views else renders
+    if renders[:, 0].shape != views.shape:
+        raise ValueError(f"views have shape {tuple(views.shape)} but their renders {tuple(renders[:, 0].shape)}: render at "
+                         f"the views' cameras and size.")
     _require_finite("painted views", views)
     _require_finite("renders of the reconstruction", renders)
     views, renders = views.float(), renders.float()
 
-    pair = views.flatten(0, 1), renders.flatten(0, 1)
-    if bbox_lpips:
-        pair = crop_pairs(*pair, view_boxes(pair[0]))
-    distances = lpips(*pair).view(views.shape[:2])
-
+    boxes = view_boxes(views.flatten(0, 1))
+    distances = torch.stack([_distances(views, scene, boxes, lpips, bbox_lpips) for scene in renders.unbind(1)], 1)
+    pairs = torch.ones(1, V) if of_all_views else 1 - torch.eye(renders.shape[1], V)
+    pairs = pairs.to(distances.device)
     foreground = foreground_mask(views).float().mean(dim=(-2, -1))
     empty = (foreground == 0) | (foreground < min_foreground)
-    reward = -distances.mean(dim=1)
+    reward = -(distances * pairs).sum((1, 2)) / pairs.sum()
     if empty_view_reward is not None:
         reward = reward.masked_fill(empty.any(dim=1), empty_view_reward)
-    return MRCResult(reward, distances, renders, empty, foreground)
+    shown = [renders[:, (j + 1) % renders.shape[1], j] for j in range(V)]  # of single views the next one's
+    return MRCResult(reward, (distances * pairs).sum(1) / pairs.sum(0), torch.stack(shown, 1), empty, foreground)
+
+
+def _distances(views, renders, boxes, lpips, bbox_lpips):
+    """LPIPS of each view and its render, both (B, V, 3, S, S): (B, V)."""
+    pair = views.flatten(0, 1), renders.flatten(0, 1)
+    return lpips(*(crop_pairs(*pair, boxes) if bbox_lpips else pair)).view(views.shape[:2])
 
 
 def view_boxes(views):

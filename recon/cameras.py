@@ -158,17 +158,24 @@ def openlrm_canonical_cameras(cameras, source, distance=None):
     return Cameras(c2w, cameras.fxfycxcy.expand(*c2w.shape[:-2], 4))
 
 
-def rays(cameras, size):
-    """Rays through the pixel centres of square images, row by row.
+def grid_directions(cameras, pixel):
+    """World directions of z-depth 1 through the points of a square grid, row by row.
 
-    Returns origins and unit directions, each (..., V, size*size, 3)."""
-    pixel = (torch.arange(size, device=cameras.c2w.device, dtype=cameras.c2w.dtype) + 0.5) / size
+    pixel: (P,) the grid's image coordinates, in x as in y. Returns (..., V, P*P, 3)."""
     y, x = torch.meshgrid(pixel, pixel, indexing="ij")
     fx, fy, cx, cy = cameras.fxfycxcy[..., None].unbind(-2)
     direction = torch.stack(
         [(x.flatten() - cx) / fx, (y.flatten() - cy) / fy, torch.ones_like(cx + x.flatten())], dim=-1
     )
-    direction = torch.nn.functional.normalize(direction @ cameras.c2w[..., :3, :3].transpose(-1, -2), dim=-1)
+    return direction @ cameras.c2w[..., :3, :3].transpose(-1, -2)
+
+
+def rays(cameras, size):
+    """Rays through the pixel centres of square images, row by row.
+
+    Returns origins and unit directions, each (..., V, size*size, 3)."""
+    pixel = (torch.arange(size, device=cameras.c2w.device, dtype=cameras.c2w.dtype) + 0.5) / size
+    direction = torch.nn.functional.normalize(grid_directions(cameras, pixel), dim=-1)
     return cameras.c2w[..., None, :3, 3].expand_as(direction), direction
 
 

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download
 
 from diffusers_patch.weights import differences, read_weights
 from recon.cameras import from_lgm_axes, lgm_pluecker, mvdream_cameras
-from recon.gaussian_splatting import INRIA, Gaussians, render_gaussians
+from recon.gaussian_splatting import Gaussians, render_views
 
 OPTIONS = {
     "big": dict(
@@ -166,13 +166,16 @@ class LGM(nn.Module):
         self.input_size, self.splat_size = input_size, splat_size
         self.unet = UNet(down_channels, down_attention, mid_attention, up_channels, up_attention)
         self.conv = nn.Conv2d(14, 14, 1)
-        self.cameras = self.input_cameras()
 
     @staticmethod
     def input_cameras():
         """Where the views stand: elevation 0, every 90 degrees, radius 1.5, field of view 49.1 degrees, the first where
         MVDream's view of azimuth 90 is."""
         return mvdream_cameras(elevation=0.0, azimuth_start=90.0)
+
+    @property
+    def cameras(self):
+        return self.input_cameras().to(self.conv.weight.device)
 
     def gaussians(self, x):
         """x (B, 4, 9, H, W): normalised colours and Pluecker coordinates -> activated Gaussians (B, N, 14) in LGM's axes,
@@ -186,7 +189,7 @@ class LGM(nn.Module):
     def network_input(self, views, cameras):
         """views (B, 4, 3, S, S) in [0, 1] on white, cameras of 4 (or (B, 4)) views -> x (B, 4, 9, S, S) of `gaussians`."""
         mean, std = (views.new_tensor(values)[:, None, None] for values in (COLOUR_MEAN, COLOUR_STD))
-        pluecker = lgm_pluecker(cameras.to(views.device), views.shape[-1])
+        pluecker = lgm_pluecker(cameras, views.shape[-1])
         return torch.cat([(views - mean) / std, pluecker.expand(len(views), -1, -1, -1, -1)], 2)
 
     def set_dtype(self, dtype):
@@ -201,11 +204,9 @@ class LGM(nn.Module):
         positions, quaternions = from_lgm_axes(packed[..., :3], packed[..., 7:11])
         return Gaussians.from_packed(torch.cat([positions, packed[..., 3:7], quaternions, packed[..., 11:]], -1))
 
-    @torch.no_grad()
     def render(self, scene, cameras, size):
         """Pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size, size)."""
-        images, alpha, _ = render_gaussians(scene, cameras.to(scene.means.device), size, constants=INRIA)
-        return images.clamp(0, 1), alpha
+        return render_views(scene, cameras, size)
 
     @classmethod
     def from_pretrained(cls, checkpoint):
@@ -227,7 +228,6 @@ class LGM(nn.Module):
             problems[name] = differences(weights, {key: value.shape for key, value in model.state_dict().items()})
             if not problems[name]:
                 model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
-                model.cameras = cls.input_cameras()
                 return model.eval()
         raise ValueError(f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)} (for 'big': "
                          f"{problems['big']}): give the public {PUBLISHED}.")

@@ -165,7 +165,7 @@ class OpenLRM(nn.Module):
 
     @property
     def cameras(self):
-        return self.input_cameras()
+        return self.input_cameras().to(self.pos_embed.device)
 
     def features(self, image):
         """image (B, 3, H, W) in [0, 1], not normalised further, sides multiples of 14 -> (B, 1 + H W / 14^2, features):

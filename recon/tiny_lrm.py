@@ -87,13 +87,16 @@ class TinyLRM(nn.Module):
             nn.Conv2d(fine, plane_channels, 3, padding=1),
         )
         self.decoder = TriplaneDecoder(3 * plane_channels, hidden, layers)
-        self.cameras = self.input_cameras()
         self.chunk_size = 65536
 
     @staticmethod
     def input_cameras():
         """Where the views stand: Instant3D's four cameras."""
         return instant3d_cameras()
+
+    @property
+    def cameras(self):
+        return self.input_cameras().to(self.stem[0].weight.device)
 
     def planes(self, views, cameras):
         """views (B, V, 3, S, S) in [0, 1] on white, cameras of V (or (B, V)) views -> (B, 3, C, 2 volume, 2 volume)."""
