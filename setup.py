@@ -16,5 +16,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     install_requires=[line for line in DIRECT if line and not line.startswith("#")],
-    extras_require={"gpu": ["bitsandbytes"]},
+    extras_require={"gpu": ["bitsandbytes", "gsplat==1.5.3"]},
 )
