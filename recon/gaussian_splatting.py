@@ -129,6 +129,16 @@ def render_gaussians(gaussians, cameras, size, background=1.0, constants=INRIA):
     return colour + (1 - alpha) * background, alpha, depth
 
 
+@torch.no_grad()
+def render_views(gaussians, cameras, size):
+    """What a sculptor of Gaussians shows of B scenes, as it was trained to: images (B, V, 3, size, size) in [0, 1] on white
+    and alpha (B, V, 1, size, size).
+
+    Without the culling of the code that it was trained with, so that CPU and CUDA show the same (see `SplatConstants`)."""
+    images, alpha, _ = render_gaussians(gaussians, cameras, size, constants=INRIA)
+    return images.clamp(0, 1), alpha
+
+
 def _check(gaussians, cameras, size):
     """Height and width, if everything can be rendered."""
     sides = [size, size] if isinstance(size, int) else list(size)
