@@ -65,6 +65,13 @@ def with_distorted_view(views, kind, strength, turned_view, other_views):
     return distorted
 
 
+def fitted_cameras(cameras):
+    """`cameras` (V,) at the distance from which the small world's objects fill them: sculptors differ in scale."""
+    c2w = cameras.c2w.clone()
+    c2w[:, :3, 3] *= DISTANCE / c2w[:, :3, 3].norm(dim=-1, keepdim=True)
+    return type(cameras)(c2w, cameras.fxfycxcy)
+
+
 def experiment(judge, count, size, trials=TRIALS, seed=0):
     """MRC of `count` objects: {"none": {0.0: [...]}, kind: {strength: [...]}} with `count` numbers in every list.
 
@@ -74,10 +81,7 @@ def experiment(judge, count, size, trials=TRIALS, seed=0):
     from tiny.objects import build, render
 
     device = judge.reconstructor.cameras.c2w.device
-    cameras = judge.reconstructor.cameras.to("cpu")
-    c2w = cameras.c2w.clone()
-    c2w[:, :3, 3] *= DISTANCE / c2w[:, :3, 3].norm(dim=-1, keepdim=True)  # sculptors differ in scale, objects do not
-    cameras = Cameras(c2w, cameras.fxfycxcy)
+    cameras = fitted_cameras(judge.reconstructor.cameras.to("cpu"))
     captions = split()["test"]
     objects = build([captions[i % len(captions)] for i in range(count)], torch.Generator().manual_seed(seed))
     views = render(objects, cameras, size)[0]
@@ -87,7 +91,7 @@ def experiment(judge, count, size, trials=TRIALS, seed=0):
         turn = torch.eye(4)
         turn[0, 0] = turn[1, 1] = angle.cos()
         turn[1, 0], turn[0, 1] = angle.sin(), -angle.sin()
-        return render(objects, Cameras((turn @ c2w)[VIEW : VIEW + 1], cameras.fxfycxcy[VIEW : VIEW + 1]), size)[0][:, 0]
+        return render(objects, Cameras((turn @ cameras.c2w)[VIEW : VIEW + 1], cameras.fxfycxcy[VIEW : VIEW + 1]), size)[0][:, 0]
 
     def score(views):
         return torch.cat([judge(part.to(device)).lpips.mean(1) for part in views.split(BATCH)]).tolist()

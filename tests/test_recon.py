@@ -172,7 +172,7 @@ def test_the_order_of_the_views_does_not_matter(model):
 
 def test_saved_and_loaded(model, tmp_path):
     model.save_pretrained(tmp_path)
-    config = ConfigDict(dict(name="tiny_lrm", checkpoint=str(tmp_path), dtype="fp32", chunk_size=1000))
+    config = ConfigDict(dict(name="tiny_lrm", checkpoint=str(tmp_path), dtype="fp32", chunk_size=1000, input_views=4))
     loaded = load_reconstructor(config)
     assert loaded.chunk_size == 1000 and not any(p.requires_grad for p in loaded.parameters())
     for name, value in loaded.state_dict().items():
