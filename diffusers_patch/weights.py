@@ -1,8 +1,11 @@
 """Reading files of weights that strangers made: tensors and nothing else, complete or refused."""
 
+import re
 from pathlib import Path
 
 import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 
@@ -21,6 +24,24 @@ def read_weights(file):
         raise ValueError(f"{file} could not be read as a file of weights ({type(error).__name__}: "
                          f"{str(error).splitlines()[0]}): download it again, completely.") from error
     return state.get("state_dict", state)
+
+
+def find_file(checkpoint, name, remedy):
+    """The file `name` of a checkpoint: a local path to it, its local folder, or a hub id, from which it is downloaded.
+
+    remedy: what the message says to give instead. Raises FileNotFoundError."""
+    path = Path(checkpoint)
+    if path.is_file():
+        return path
+    if path.is_dir() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint)) or path.suffix in (".safetensors", ".pth"):
+        if (path / name).is_file():
+            return path / name
+        raise FileNotFoundError(f"{str(checkpoint)!r} does not exist or has no {name}: give {remedy}.")
+    try:
+        return Path(hf_hub_download(str(checkpoint), name))
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        raise FileNotFoundError(f"{name} of {str(checkpoint)!r}, which is no local path, could not be downloaded "
+                                f"({str(error).splitlines()[0]}): give {remedy}.") from error
 
 
 def differences(weights, shapes):

@@ -2,14 +2,12 @@
 published names, so that the public checkpoint loads as it is."""
 
 import hashlib
-from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
 
-from diffusers_patch.weights import differences, read_weights
+from diffusers_patch.weights import differences, find_file, read_weights
 from recon.cameras import from_lgm_axes, lgm_pluecker, mvdream_cameras
 from recon.gaussian_splatting import Gaussians, render_views
 
@@ -213,7 +211,7 @@ class LGM(nn.Module):
         """A file with weights of one of `OPTIONS`, a folder that holds `PUBLISHED`, or a hub id such as "ashawkey/LGM".
 
         Raises FileNotFoundError or ValueError with one sentence if it is none of these, incomplete or damaged."""
-        file = _checkpoint_file(checkpoint)
+        file = find_file(checkpoint, PUBLISHED, "as recon.checkpoint the file, its folder, or the hub id ashawkey/LGM")
         if file.name == PUBLISHED:
             with open(file, "rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
@@ -231,15 +229,3 @@ class LGM(nn.Module):
                 return model.eval()
         raise ValueError(f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)} (for 'big': "
                          f"{problems['big']}): give the public {PUBLISHED}.")
-
-
-def _checkpoint_file(checkpoint):
-    path = Path(checkpoint)
-    if path.is_dir():
-        path = path / PUBLISHED
-    elif not path.exists() and len(path.parts) == 2 and not path.suffix:
-        return Path(hf_hub_download(str(checkpoint), PUBLISHED))
-    if not path.is_file():
-        raise FileNotFoundError(f"recon.checkpoint = {str(checkpoint)!r} does not exist or has no {PUBLISHED}: give the file, its "
-                                f"folder, or the hub id ashawkey/LGM.")
-    return path

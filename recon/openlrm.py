@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_patch.weights import read_weights
+from diffusers_patch.weights import find_file, read_weights
 from recon.cameras import Cameras, instant3d_cameras, openlrm_canonical_cameras, openlrm_source_vectors
 from recon.openlrm_checkpoint import convert_openlrm
 from recon.volume_rendering import (
@@ -256,22 +256,18 @@ class OpenLRM(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path):
-        """A published model: a local folder with config.json and model.safetensors, or the latter's path.
+        """A published model: a local folder with config.json and model.safetensors, the latter's path, or a hub id.
 
         Raises FileNotFoundError or ValueError with one sentence."""
-        path = Path(path)
-        folder = path.parent if path.suffix == ".safetensors" else path
-        weights = path if path.suffix == ".safetensors" else path / "model.safetensors"
-        for file in (folder / "config.json", weights):
-            if not file.is_file():
-                raise FileNotFoundError(f"recon.checkpoint = {str(path)!r}: there is no {file}; download the complete "
-                                        f"folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1.")
+        folder = Path(path).parent if Path(path).suffix == ".safetensors" else path
+        remedy = "as recon.checkpoint the complete folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1"
+        config_file, weights = find_file(folder, "config.json", remedy), find_file(path, "model.safetensors", remedy)
         try:
-            config = json.loads((folder / "config.json").read_text())
+            config = json.loads(config_file.read_text())
             with torch.device("meta"):
                 model = cls(**config)
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{folder / 'config.json'} is not the configuration of an OpenLRM v1.1 ({error}): give "
+            raise ValueError(f"{config_file} is not the configuration of an OpenLRM v1.1 ({error}): give "
                              f"the one that was published with the weights.") from error
         model.load_state_dict(convert_openlrm(read_weights(weights), model), assign=True)
         return model.eval()

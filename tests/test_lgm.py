@@ -12,6 +12,7 @@ import recon.lgm
 from config import base, dgx
 from config.validate import validate
 from ddpo.setup import check_cameras
+from diffusers_patch import weights
 from recon import load_reconstructor
 from recon.cameras import from_lgm_axes, lgm_pluecker
 from recon.lgm import LGM, OPTIONS, PUBLISHED
@@ -28,8 +29,8 @@ def golden(name):
         options = json.loads(handle.metadata()["options"])
     tensors = load_file(file)
     model = LGM(**{key: value for key, value in options.items() if key not in NOT_OF_THE_NETWORK})
-    weights = {key.removeprefix("w/"): value.float() for key, value in tensors.items() if key.startswith("w/")}
-    model.load_state_dict(weights)
+    state = {key.removeprefix("w/"): value.float() for key, value in tensors.items() if key.startswith("w/")}
+    model.load_state_dict(state)
     return model.eval(), tensors
 
 
@@ -140,3 +141,20 @@ def test_the_public_pair_fits():
     config.painter.elevation = 15.0
     with pytest.raises(ValueError, match=r"elevations are 15/15/15/15 .* 0/0/0/0 for the sculptor; set config.painter.elevation"):
         check_cameras(config)
+
+
+def test_a_hub_id_is_downloaded_and_a_path_is_not(tmp_path, monkeypatch):
+    asked = []
+
+    def download(repository, name):
+        asked.append((repository, name))
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(weights, "hf_hub_download", download)
+    with pytest.raises(FileNotFoundError, match=r"ashawkey/LGM.* could not be downloaded \(no network\): give"):
+        LGM.from_pretrained("ashawkey/LGM")
+    assert asked == [("ashawkey/LGM", PUBLISHED)]
+    for path in (tmp_path, tmp_path / "missing", "weights/missing.safetensors"):
+        with pytest.raises(FileNotFoundError, match="does not exist or has no model_fp16_fixrot.safetensors"):
+            LGM.from_pretrained(path)
+    assert len(asked) == 1

@@ -345,8 +345,8 @@ def configure(**entries):
 
 
 @pytest.mark.parametrize("spoil, error, sentence", [
-    (lambda path, _: (path / "config.json").unlink(), FileNotFoundError, "no .*config.json; download"),
-    (lambda path, _: (path / "model.safetensors").unlink(), FileNotFoundError, "no .*model.safetensors; download"),
+    (lambda path, _: (path / "config.json").unlink(), FileNotFoundError, "has no config.json: give"),
+    (lambda path, _: (path / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors: give"),
     (lambda path, _: (path / "config.json").write_text("{"), ValueError, "config.json is not the configuration of"),
     (configure(num_views=4), ValueError, "config.json is not the configuration of .*num_views"),
     (configure(encoder_type="dino"), ValueError, "encoder is 'dino' .* give a model of version 1.1"),
