@@ -6,4 +6,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source ./setup_env.sh
 setup_env
 export HF_HUB_OFFLINE=1 WANDB_MODE=offline  # no test may need the network
-exec "$VENV_PYTHON" -m pytest -q -m "not slow" "$@"
+# one test per core: every test computes with one thread
+exec "$VENV_PYTHON" -m pytest -q -m "not slow" -n logical --maxprocesses 4 "$@"
