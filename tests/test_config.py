@@ -44,7 +44,8 @@ def parse(*arguments):
 ###### Flags ######
 
 
-@pytest.mark.parametrize("name", ["config/base.py", "config/tiny.py", "config/dgx.py", "config/dgx.py:carve3d_train"])
+@pytest.mark.parametrize("name", ["config/base.py", "config/tiny.py", "config/tiny.py:mvdream", "config/dgx.py",
+                                  "config/dgx.py:carve3d_train", "config/dgx.py:mvdream_lgm"])
 def test_flags_reach_every_configuration(name):
     config = parse("--config", str(ROOT / name), "--config.train.learning_rate=1e-3", "--config.use_lora=False",
                    "--config.resume_from=logs/x", "--config.kl_beta=1", "--config.per_prompt_stat_tracking.min_count=2")
