@@ -1,7 +1,10 @@
-"""The picture of the README: the first 16 validation captions as the clean painter paints them.
+"""The pictures of the README: the first 16 validation captions as the clean painters paint them.
 
     python -m tiny.show_painter         # seconds; writes tiny/pictures/painter.png
+    python -m tiny.show_painter mvdream
 """
+
+import argparse
 
 import torch
 
@@ -15,11 +18,15 @@ from prompts.dataset import PromptDataset
 from tiny.training import ROOT
 
 COUNT = 16
+FILES = {"grid": "painter.png", "mvdream": "mvdream.png"}  # runs of config/tiny.py
 
 
 @torch.no_grad()
 def main():
-    config = validate(tiny.get_config(), 1)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", default="grid", choices=list(FILES))
+    run = parser.parse_args().run
+    config = validate(tiny.get_config(run), 1)
     config.pretrained.lora = ""
     captions = PromptDataset.from_config(config.prompts).val_set[:COUNT]
     noise = [generator(0, VALIDATION, i) for i in range(COUNT)]
@@ -28,7 +35,7 @@ def main():
         load_painter(config, "cpu"), captions, sample.num_steps, sample.guidance_scale, sample.eta, noise
     ).views
     (ROOT / "pictures").mkdir(exist_ok=True)
-    sample_picture({"": views}, [""] * COUNT, captions).save(ROOT / "pictures" / "painter.png")
+    sample_picture({"": views}, [""] * COUNT, captions).save(ROOT / "pictures" / FILES[run])
 
 
 if __name__ == "__main__":
