@@ -7,7 +7,8 @@ import torch
 
 SH_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
 PROPERTIES = (
-    "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3").split()
+    "x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
+    "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3")
 
 
 def save_gaussians_ply(gaussians, path):

@@ -27,7 +27,7 @@ TILE = 8  # pixels per side
 TILE_BLOCK = 64  # tiles blended together,
 DEPTH_BLOCK = 64  # with so many Gaussians of each: the arrays stay in the processor cache
 PAIRS = 2**20  # Gaussian-tile pairs listed at a time: bounds the memory
-CULL_TILE = 16  # pixels per side of the tiles that `cull_sigmas` speaks of
+CULL_TILE = 16  # pixels per side of the tiles that `cull_sigmas` speaks of, whole TILEs
 
 
 @dataclass(frozen=True)
@@ -120,13 +120,13 @@ def render_gaussians(gaussians, cameras, size, background=1.0, constants=INRIA):
     Returns image (B, V, 3, H, W), alpha = sum_i T_i alpha_i and depth = sum_i T_i alpha_i z_i, both (B, V, 1, H, W);
     the depth is neither divided by alpha nor laid over any background. ValueError for shapes that do not fit, values
     that are not finite and quaternions of length zero; ImportError for CUDA tensors without gsplat."""
-    height, width = _check(gaussians, cameras, size)
-    cameras = cameras.to(gaussians.means.device)
+    device = gaussians.means.device
+    background, cameras = torch.as_tensor(background, device=device), cameras.to(device)
+    height, width = _check(gaussians, cameras, size, background)
     cameras = cameras.expand(len(gaussians)) if cameras.c2w.ndim == 3 else cameras
     render = _render_gsplat if gaussians.means.is_cuda else _render_torch
     colour, depth, alpha = render(gaussians, cameras, height, width, constants).split([3, 1, 1], -3)
-    background = torch.as_tensor(background, dtype=colour.dtype, device=colour.device).reshape(-1, 1, 1)
-    return colour + (1 - alpha) * background, alpha, depth
+    return colour + (1 - alpha) * background.to(colour.dtype).reshape(-1, 1, 1), alpha, depth
 
 
 @torch.no_grad()
@@ -139,11 +139,13 @@ def render_views(gaussians, cameras, size):
     return images.clamp(0, 1), alpha
 
 
-def _check(gaussians, cameras, size):
+def _check(gaussians, cameras, size, background):
     """Height and width, if everything can be rendered."""
-    sides = [size, size] if isinstance(size, int) else list(size)
+    sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size is {size!r}; it must be a whole number of pixels, or two of them as (H, W)")
+    if background.shape not in ((), (3,)):
+        raise ValueError(f"background has shape {tuple(background.shape)}; it must be a number or an RGB triple")
     views = tuple(cameras.c2w.shape[:-2])
     if (len(views) not in (1, 2) or cameras.c2w.shape[-2:] != (4, 4) or cameras.fxfycxcy.shape != views + (4,)
             or views[:-1] not in ((), (len(gaussians),))):
