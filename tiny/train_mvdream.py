@@ -118,7 +118,6 @@ def main():
     painter.use_plain_attention()
     painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
     painter.unet.half()  # the text encoder stays in float32, as in tiny/train_painter.py
-    painter.unet.set_default_attn_processor()
     assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / "mvdream")
 
 
