@@ -26,8 +26,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", nargs="?", default="grid", choices=list(FILES))
     run = parser.parse_args().run
-    config = validate(tiny.get_config(run), 1)
+    config = tiny.get_config(run)
     config.pretrained.lora = ""
+    validate(config, 1)
     captions = PromptDataset.from_config(config.prompts).val_set[:COUNT]
     noise = [generator(0, VALIDATION, i) for i in range(COUNT)]
     sample = config.sample

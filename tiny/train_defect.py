@@ -1,12 +1,12 @@
 """Give the small painter a known multi-view defect: the base that reinforcement learning starts from.
 
     python -m tiny.train_defect                     # some minutes on one CPU core; resumes if interrupted
-    python -m tiny.train_defect --kind mvdream      # the same for the small MVDream
+    python -m tiny.train_defect --kind mvdream --rank 8     # the same for the small MVDream
 
-Needs tiny/weights/painter (or mvdream). Finetunes its UNet (LoRA) on pictures of which half have view 3 spoilt (tiny/defects.py) and
-writes tiny/weights/painter_defect, which the `load_lora_weights` of stock pipelines reads. This stands for the
-imperfect supervised finetuning that the paper's base model went through: the painter now contradicts itself in about
-half of its grids, in a way that can be counted.
+Needs tiny/weights/painter (or mvdream). Finetunes its UNet (LoRA) on pictures of which half have view 3 spoilt
+(tiny/defects.py) and writes tiny/weights/painter_defect (or mvdream_defect), which the `load_lora_weights` of stock
+pipelines reads. This stands for the imperfect supervised finetuning that the paper's base model went through: the
+painter now contradicts itself in about half of its grids, in a way that can be counted.
 """
 
 import argparse

@@ -84,7 +84,7 @@ def encode(vae, views):
     """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 4, 8, 8), scaled to unit variance."""
     images = (2 * views.flatten(0, 1) - 1).to(vae.dtype)
     latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(80)])
-    return latents.float().unflatten(0, views.shape[:2]) * vae.config.scaling_factor
+    return (latents.float() * vae.config.scaling_factor).unflatten(0, views.shape[:2]).contiguous()
 
 
 def assemble(painter, vae, tokenizer):
