@@ -1,25 +1,20 @@
 """Train the small MVDream: an SD 2.1 UNet that paints four separate views which attend to each other.
 
-    python -m tiny.train_mvdream        # see weights/README.md for the time it takes; resumes if interrupted
+    python -m tiny.train_mvdream        # about an hour on one CPU core; resumes if interrupted
 
 Needs the VAE. Writes tiny/weights/mvdream, a pipeline folder in stock layout, which the trainer reads with
 `painter.name = "mvdream"`. Same objects, captions and views as the grid painter's (tiny/train_painter.py).
 """
 
-import argparse
-import copy
-from pathlib import Path
-
 import torch
 import torch.nn as nn
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from diffusers_patch.mvdream import VIEWS, let_views_attend
 from recon.cameras import mvdream_camera_vectors, mvdream_cameras
-from tiny.train_painter import MAX_TOKENS, SCHEDULER_CONFIG, make_loss, make_tokenizer, training_set
-from tiny.training import ROOT, WEIGHTS, fit
+from tiny.train_painter import MAX_TOKENS, SCHEDULER_CONFIG, train
 
 ELEVATION, AZIMUTH_START = 20.0, 315.0  # the sculptor's cameras, as MVDream counts azimuths
 UNET_CONFIG = dict(
@@ -101,25 +96,5 @@ def assemble(painter, vae, tokenizer):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--pictures", type=int, default=10000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", default=str(ROOT / "runs" / "mvdream"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    folder = Path(args.folder)
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "painter" / "vae")
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures, encode)
-    painter = ViewPainter(tokenizer)
-    painter.use_plain_attention()
-    painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
-    painter.unet.half()  # the text encoder stays in float32, as in tiny/train_painter.py
-    assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / "mvdream")
-
-
 if __name__ == "__main__":
-    main()
+    train("mvdream", __doc__, ViewPainter, encode, assemble)

@@ -188,26 +188,30 @@ def assemble(painter, vae, tokenizer):
     )
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def train(name, description, painter_class, encode, assemble):
+    """The command that makes tiny/weights/<name>.
+
+    painter_class: tokenizer -> the trained parts; encode: see `training_set`; assemble: (painter, vae, tokenizer) ->
+    pipeline."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--pictures", type=int, default=10000)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", default=str(ROOT / "runs" / "painter"))
+    parser.add_argument("--folder", default=str(ROOT / "runs" / name))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     folder = Path(args.folder)
     vae = AutoencoderKL.from_pretrained(WEIGHTS / "painter" / "vae")
     tokenizer = make_tokenizer(folder / "tokenizer")
-    captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures)
-    painter = Painter(tokenizer)
+    captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures, encode)
+    painter = painter_class(tokenizer)
     painter.use_plain_attention()
     painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
     painter.unet.half()  # the text encoders stay in float32: transformers loads them in the type they were saved in,
     # diffusers loads the UNet in float32, and the two must agree for a plain `from_pretrained`
-    assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / "painter")
+    assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / name)
 
 
 if __name__ == "__main__":
-    main()
+    train("painter", __doc__, Painter, encode, assemble)
