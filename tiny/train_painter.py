@@ -133,7 +133,7 @@ def encode(vae, views):
     return latents.float() * vae.config.scaling_factor
 
 
-def training_set(folder, vae, count, encode=encode):
+def training_set(folder, vae, count, encode):
     """Cached captions and latents; an interrupted preparation goes on where it stopped.
 
     encode: (vae, views) -> latents, as the painter at hand wants them."""
