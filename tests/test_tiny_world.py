@@ -9,18 +9,22 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from config import tiny
+from config.validate import validate
+from ddpo.setup import load_painter
 from diffusers_patch.mv_sdxl import split_grid
+from diffusers_patch.rollout import rollout
 from mrc.sanity_rewards import tile_views
 from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
 from tiny import compare_runs
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
-from tiny.training import WEIGHTS
 from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
 from tiny.objects import (
     COLOURS, SHAPES, Primitives, all_captions, build, fixed_views, parse_caption, random_caption, render,
 )
+from tiny.training import WEIGHTS
 
 SPLIT = caption_files.split()
 
@@ -297,3 +301,15 @@ def test_the_shipped_painter_is_an_ordinary_pipeline():
     picture = pipeline("a red cube next to a blue cone", num_inference_steps=4, generator=generator).images[0]
     foreground = (np.asarray(picture).min(-1) < 240).mean()
     assert picture.size == (128, 128) and 0.02 < foreground < 0.6
+
+
+@torch.no_grad()
+def test_the_shipped_mvdream_paints_what_it_is_told():
+    config = validate(tiny.get_config("mvdream"), 1)
+    policy = load_painter(config, "cpu")
+    captions = ["a red cube next to a blue cone", "a purple sphere on top of a yellow cylinder"]
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    views = rollout(policy, captions, 8, config.sample.guidance_scale, 1.0, noise).views
+    assert views.shape == (2, 4, 3, 64, 64)
+    verdict = judge(views, captions)
+    assert (verdict["colours"] == 1).all() and not verdict["empty"].any()
