@@ -10,8 +10,9 @@ from PIL import Image
 import recon.show
 from config import tiny
 from recon.cameras import instant3d_cameras
+from recon.gaussian_splatting import Gaussians
 from recon.mesh import extract_mesh, save_mesh_ply
-from recon.show import load_views, turntable_cameras
+from recon.show import load_views, save_scene, turntable_cameras
 from tiny.objects import build, fixed_views
 
 
@@ -89,3 +90,10 @@ def test_the_command(pictures, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "out" / "turntable.gif") as turntable:
         assert turntable.n_frames == 4 and turntable.size == (64, 64)
     assert (tmp_path / "out" / "views.png").exists() and (tmp_path / "out" / "scene.ply").stat().st_size > 100_000
+
+
+def test_a_scene_of_gaussians_is_written_as_it_is(tmp_path):
+    scene = Gaussians.from_packed(torch.rand(1, 5, 14))
+    save_scene(None, scene, tmp_path / "scene.ply")
+    header = (tmp_path / "scene.ply").read_bytes().partition(b"end_header")[0]
+    assert b"element vertex 5" in header and b"f_dc_0" in header
