@@ -198,9 +198,9 @@ def load_reward(config, device):
             return PlainResult(score(views), foreground, foreground < config.mrc.min_foreground)
 
         return jpeg
+    on_white = background_remover() if config.recon.remove_background else lambda views: views
     reconstructor = load_reconstructor(config.recon, device)
     lpips = LPIPS(config.mrc.lpips_checkpoint).to(device)
     judge = MRC(reconstructor, lpips, bbox_lpips=config.mrc.bbox_lpips, min_foreground=config.mrc.min_foreground,
                 empty_view_reward=config.mrc.empty_view_reward, render_size=config.recon.render_size)
-    on_white = background_remover() if config.recon.remove_background else lambda views: views
     return lambda views, prompts: judge(on_white(views))
