@@ -73,7 +73,7 @@ def mvdream() -> ConfigDict:
     config.painter.azimuth_start = 315.0  # 225 degrees as the sculptor counts
     config.pretrained.model = "tiny/weights/mvdream"
     config.pretrained.lora = "tiny/weights/mvdream_defect"
-    config.num_epochs = 8  # it learns more slowly than the grid painter: more than the one defect is wrong with it
+    config.num_epochs = 9  # it learns more slowly than the grid painter: more than the one defect is wrong with it
     return config
 
 
