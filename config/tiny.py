@@ -74,6 +74,8 @@ def mvdream() -> ConfigDict:
     config.pretrained.model = "tiny/weights/mvdream"
     config.pretrained.lora = "tiny/weights/mvdream_defect"
     config.num_epochs = 9  # it learns more slowly than the grid painter: more than the one defect is wrong with it
+    config.save_freq = 3
+    config.val_freq = 3
     return config
 
 
