@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from mrc.bounding_box import compute_bounding_box, crop_box, foreground_mask, make_square_bbox
-from recon.background import background_is_white
+from recon.background import background_is_white, object_is_cut
 
 
 @dataclass
@@ -45,7 +45,7 @@ class MRC:
         self.min_foreground = min_foreground
         self.empty_view_reward = empty_view_reward
         self.render_size = render_size
-        self._warned = False
+        self._warned = set()
 
     @torch.no_grad()
     def __call__(self, views):
@@ -57,7 +57,7 @@ class MRC:
             raise ValueError(f"MRC got views of shape {tuple(views.shape)}: the reconstructor wants (B, "
                              f"{self.reconstructor.num_views}, 3, S, S).")
         _require_finite("painted views", views)
-        self._warn_of_background(views)
+        self._warn_of_framing(views)
         views, cameras = views.float(), self.reconstructor.cameras
         size = self.render_size or views.shape[-1]
         scene = self.reconstructor.reconstruct(resize_views(views, self.reconstructor.input_size), cameras)
@@ -65,13 +65,18 @@ class MRC:
         return score_views(
             resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward)
 
-    def _warn_of_background(self, views):
-        """Once: everything that is not white is taken for the object."""
-        coloured = int((~background_is_white(views)).sum())
-        if coloured and not self._warned:
-            self._warned = True
-            warnings.warn(f"{coloured} of {len(views)} samples are not on white, so that MRC takes their background for a part of "
-                          f"the object: set config.recon.remove_background to True, or prompt for a white background.")
+    def _warn_of_framing(self, views):
+        """Once of each: what no sculptor was trained for."""
+        problems = {
+            "are not on white, so that MRC takes their background for a part of the object: set "
+            "config.recon.remove_background to True, or prompt for a white background": ~background_is_white(views),
+            "show an object that leaves its view, so that its size cannot be told: prompt for the whole object, or "
+            "paint it smaller": object_is_cut(views),
+        }
+        for words, found in problems.items():
+            if found.any() and words not in self._warned:
+                self._warned.add(words)
+                warnings.warn(f"{int(found.sum())} of {len(views)} samples {words}.")
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from typing import Protocol
 
 import torch
 
-from recon.background import background_is_white, background_remover
+from recon.background import background_is_white, background_remover, object_is_cut
 from recon.cameras import Cameras
 from recon.grm import GRM
 from recon.lgm import LGM
@@ -12,7 +12,8 @@ from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
 
 __all__ = [
-    "Reconstructor", "background_is_white", "background_remover", "load_reconstructor", "reconstructor_cameras",
+    "Reconstructor", "background_is_white", "background_remover", "load_reconstructor", "object_is_cut",
+    "reconstructor_cameras",
 ]
 
 

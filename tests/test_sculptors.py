@@ -12,7 +12,7 @@ from config.validate import validate
 from ddpo.setup import load_reward
 from mrc import MRC, score_views
 from mrc.validate import fitted_cameras
-from recon import RECONSTRUCTORS, background_is_white, background_remover, load_reconstructor
+from recon import RECONSTRUCTORS, background_is_white, background_remover, load_reconstructor, object_is_cut
 from recon.grm import GRM
 from recon.lgm import LGM
 from recon.openlrm import OpenLRM
@@ -114,6 +114,16 @@ def test_a_gray_background_is_noticed_once():
         warnings.simplefilter("error")
         judge(views)
         MRC(model, difference)(views[:1])
+
+
+def test_an_object_that_leaves_a_view_is_noticed():
+    views = torch.ones(2, 4, 3, 32, 32)
+    views[:, :, :, 8:24, 8:24] = 0.2
+    views[1, 2, :, 8:24, 20:] = 0.2  # touches the right border of one view
+    assert object_is_cut(views).tolist() == [False, True] and background_is_white(views).all()
+    assert not object_is_cut(gray_views()).any()  # that is another complaint
+    with pytest.warns(UserWarning, match="1 of 2 samples show an object that leaves its view"):
+        MRC(SCULPTORS["tiny_lrm"]().eval(), difference)(views)
 
 
 def test_the_background_is_removed_before_judging(monkeypatch):
