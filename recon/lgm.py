@@ -185,7 +185,11 @@ class LGM(nn.Module):
             F.normalize(raw[..., 7:11], dim=-1), 0.5 * raw[..., 11:].tanh() + 0.5], -1)
 
     def network_input(self, views, cameras):
-        """views (B, 4, 3, S, S) in [0, 1] on white, cameras of 4 (or (B, 4)) views -> x (B, 4, 9, S, S) of `gaussians`."""
+        """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size, cameras of 4 (or (B, 4)) views -> x (B, 4, 9, S, S) of
+        `gaussians`. Raises ValueError for other shapes."""
+        if views.shape[1:] != (VIEWS, 3, self.input_size, self.input_size):
+            raise ValueError(f"LGM was given views of shape {tuple(views.shape)} and takes (B, {VIEWS}, 3, {self.input_size}, "
+                             f"{self.input_size}): resize the views to its input_size and give all four.")
         mean, std = (views.new_tensor(values)[:, None, None] for values in (COLOUR_MEAN, COLOUR_STD))
         pluecker = lgm_pluecker(cameras, views.shape[-1])
         return torch.cat([(views - mean) / std, pluecker.expand(len(views), -1, -1, -1, -1)], 2)

@@ -46,6 +46,13 @@ def test_small_models(name):
     assert (model.gaussians(x) - tensors["out/gaussians"]).abs().max() < 2e-5
 
 
+@pytest.mark.parametrize("shape", [(1, 3, 3, 32, 32), (1, 4, 3, 33, 33), (4, 3, 32, 32)])
+def test_views_of_another_number_or_size_are_refused(shape):
+    model = golden("b")[0]
+    with pytest.raises(ValueError, match=r"LGM was given views of shape .* takes \(B, 4, 3, 32, 32\)"):
+        model.reconstruct(torch.ones(shape), model.cameras)
+
+
 @pytest.mark.parametrize("name", list(OPTIONS))
 def test_the_full_sizes_have_the_published_keys_and_shapes(name):
     with torch.device("meta"):

@@ -57,7 +57,7 @@ def prepare(folder, count):
     file = folder / "parts.safetensors"
     if not file.exists():
         generator = torch.Generator().manual_seed(1)
-        parts = [shaded_parts(100, generator) for _ in range(count // 100)]
+        parts = [shaded_parts(100, generator) for _ in range(-(-count // 100))]
         shading, coverage, shapes = (torch.cat(column) for column in zip(*parts))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"shading": (255 * shading).byte(), "coverage": (255 * coverage).byte(), "shapes": shapes}, file)
