@@ -157,7 +157,8 @@ class Run:
         for i, statistics in enumerate(updates):
             self.log.write("update", number, {"update": i, **statistics})
         if number % self.config.save_freq == 0:
-            self.picture("epoch", number, {"painted": samples.trajectory.views, "re-rendered": samples.renders},
+            images = {IMAGES["views"]: samples.trajectory.views, IMAGES["renders"]: samples.renders}
+            self.picture("epoch", number, images,
                          [f"reward {value:.3f}" for value in samples.reward.tolist()], prompts)
 
         learnt = "(fills the trackers, no update)"

@@ -50,3 +50,20 @@ def _first_and_last(occupied):
     last = torch.where(occupied, index, 0).amax(dim=-1)
     first = torch.where(occupied, index, n).amin(dim=-1)
     return torch.where(occupied.any(dim=-1), first, 0), last
+
+
+def background_is_white(views):
+    """Whether most of each sample's border pixels are white: views (B, V, 3, S, S) in [0, 1] -> (B,) bool."""
+    return _border_foreground(views).mean(1) < 0.5
+
+
+def object_is_cut(views):
+    """Whether an object on white leaves one of its views, so that the sculptor cannot know its size: views
+    (B, V, 3, S, S) in [0, 1] -> (B,) bool, True if a tenth of a view's border is not white."""
+    return background_is_white(views) & (_border_foreground(views) > 0.1).any(1)
+
+
+def _border_foreground(views):
+    """The share of each view's border pixels that are foreground: (B, V)."""
+    mask = foreground_mask(views).float()
+    return torch.cat([mask[..., 0, :], mask[..., -1, :], mask[..., :, 0], mask[..., :, -1]], -1).mean(-1)

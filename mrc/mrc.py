@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from mrc.bounding_box import compute_bounding_box, crop_box, foreground_mask, make_square_bbox
-from recon.background import background_is_white, object_is_cut
+from mrc.bounding_box import (
+    background_is_white, compute_bounding_box, crop_box, foreground_mask, make_square_bbox, object_is_cut,
+)
 
 
 @dataclass

@@ -4,17 +4,14 @@ from typing import Protocol
 
 import torch
 
-from recon.background import background_is_white, background_remover, object_is_cut
+from recon.background import background_remover
 from recon.cameras import Cameras
 from recon.grm import GRM
 from recon.lgm import LGM
 from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
 
-__all__ = [
-    "Reconstructor", "background_is_white", "background_remover", "load_reconstructor", "object_is_cut",
-    "reconstructor_cameras",
-]
+__all__ = ["Reconstructor", "background_remover", "load_reconstructor", "reconstructor_cameras"]
 
 
 class Reconstructor(Protocol):

@@ -8,26 +8,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-WHITE = 0.95  # as in mrc.bounding_box: a pixel is object if any channel is darker
-
-
-def background_is_white(views):
-    """Whether most of each sample's border pixels are white: views (B, V, 3, S, S) in [0, 1] -> (B,) bool."""
-    return _coloured_border(views).mean(1) < 0.5
-
-
-def object_is_cut(views):
-    """Whether an object on white leaves one of its views, so that the sculptor cannot know its size: views
-    (B, V, 3, S, S) in [0, 1] -> (B,) bool, True if a tenth of a view's border is not white."""
-    return background_is_white(views) & (_coloured_border(views) > 0.1).any(1)
-
-
-def _coloured_border(views):
-    """The share of each view's border pixels that are not white: (B, V)."""
-    coloured = (views < WHITE).any(2).float()
-    border = torch.cat([coloured[..., 0, :], coloured[..., -1, :], coloured[..., :, 0], coloured[..., :, -1]], -1)
-    return border.mean(-1)
-
 
 def background_remover():
     """A function views (B, V, 3, S, S) in [0, 1] -> the same with their objects on white, by `rembg`.

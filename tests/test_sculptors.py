@@ -11,8 +11,9 @@ from config import base, tiny
 from config.validate import validate
 from ddpo.setup import load_reward
 from mrc import MRC, score_views
+from mrc.bounding_box import background_is_white, object_is_cut
 from mrc.validate import fitted_cameras
-from recon import RECONSTRUCTORS, background_is_white, background_remover, load_reconstructor, object_is_cut
+from recon import RECONSTRUCTORS, background_remover, load_reconstructor
 from recon.grm import GRM
 from recon.lgm import LGM
 from recon.openlrm import OpenLRM
