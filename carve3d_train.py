@@ -32,7 +32,13 @@ from ddpo.checkpoint import checkpoints, find_checkpoint, forget_later, load_che
 from ddpo.run_log import RunLog, sample_picture
 from ddpo.sampling import NOISE, SHUFFLE_ADVANTAGES, SHUFFLE_SAMPLES, VALIDATION, epoch_prompts, generator, paint
 from ddpo.setup import (
-    adam_settings, check_cameras, load_painter, load_reward, make_optimizer, make_trainable, start_accelerator,
+    adam_settings,
+    check_cameras,
+    load_painter,
+    load_reward,
+    make_optimizer,
+    make_trainable,
+    start_accelerator,
     start_tracker,
 )
 from ddpo.update import StepCalibration, update
@@ -80,8 +86,10 @@ class Run:
         name = self.config.run_name or gather_object([datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")])[0]
         folder = Path(self.config.logdir) / name
         if checkpoints(folder) or (folder / "metrics.jsonl").exists():
-            raise ValueError(f"{folder} already holds a run: choose another config.run_name, or set config.resume_from "
-                             f"to {str(folder)!r} to go on with it.")
+            raise ValueError(
+                f"{folder} already holds a run: choose another config.run_name, or set config.resume_from "
+                f"to {str(folder)!r} to go on with it."
+            )
         self.accelerator.wait_for_everyone()  # before the main process writes there
         return folder
 
@@ -122,8 +130,14 @@ class Run:
             values["kl"] = samples.kl
         everyone = {name: accelerator.gather(value.float()).cpu().numpy() for name, value in values.items()}
         verdict = advantages(
-            everyone["reward"], prompts, everyone["kl"] if config.kl_penalty else None, self.trackers["reward"],
-            self.trackers["kl"], config.kl_in_reward, config.kl_normalized_coeff)
+            everyone["reward"],
+            prompts,
+            everyone["kl"] if config.kl_penalty else None,
+            self.trackers["reward"],
+            self.trackers["kl"],
+            config.kl_in_reward,
+            config.kl_normalized_coeff,
+        )
         merits = torch.as_tensor(verdict.advantages, dtype=torch.float32)
         if config.shuffle_advantages:
             merits = merits[torch.randperm(len(merits), generator=generator(config.seed, SHUFFLE_ADVANTAGES, number))]
@@ -140,17 +154,28 @@ class Run:
         """The updates of an epoch: one dict of statistics per optimizer step."""
         shuffle = generator(self.config.seed, SHUFFLE_SAMPLES, number, self.accelerator.process_index)
         self.calibration.start(trajectory)
-        return update(self.policy, self.optimizer, self.accelerator, trajectory, merits, self.config, shuffle,
-                      self.calibration.after_update, self.show)
+        return update(
+            self.policy,
+            self.optimizer,
+            self.accelerator,
+            trajectory,
+            merits,
+            self.config,
+            shuffle,
+            self.calibration.after_update,
+            self.show,
+        )
 
     def record(self, number, samples, prompts, everyone, updates, seconds):
         """metrics.jsonl, the tracker, a picture and one line of text. samples, prompts: of this process."""
         reward = everyone["reward"]
         counts, edges = np.histogram(reward, bins=10)
         line = {
-            **summary(everyone), "reward_std": float(reward.std()),
+            **summary(everyone),
+            "reward_std": float(reward.std()),
             "reward_histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
-            "learning_rate": self.optimizer.param_groups[0]["lr"], "seconds": seconds,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": seconds,
         }
         self.log.write("epoch", number, line)
         self.log.histogram("reward", reward, number)
@@ -158,15 +183,15 @@ class Run:
             self.log.write("update", number, {"update": i, **statistics})
         if number % self.config.save_freq == 0:
             images = {IMAGES["views"]: samples.trajectory.views, IMAGES["renders"]: samples.renders}
-            self.picture("epoch", number, images,
-                         [f"reward {value:.3f}" for value in samples.reward.tolist()], prompts)
+            self.picture("epoch", number, images, [f"reward {value:.3f}" for value in samples.reward.tolist()], prompts)
 
         learnt = "(fills the trackers, no update)"
         if updates:
             learnt = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
         times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())
-        self.say(f"epoch {number:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {self.kl:.2e}  {learnt}  "
-                 f"{times}")
+        self.say(
+            f"epoch {number:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {self.kl:.2e}  {learnt}  {times}"
+        )
 
     def picture(self, kind, number, rows, notes, captions):
         """samples/<kind>_<number>.png of the first `sample.save_images` objects, from the main process.
@@ -188,28 +213,37 @@ class Run:
         found = []
         if mine:
             generators = [generator(0, VALIDATION, i) for i in mine]
-            samples = paint(self.policy, self.reward, [captions[i] for i in mine], generators, config, self.reference,
-                            self.show)
-            found = list(zip(mine, samples.rows()))
+            samples = paint(
+                self.policy, self.reward, [captions[i] for i in mine], generators, config, self.reference, self.show
+            )
+            found = list(zip(mine, samples.rows(), strict=True))
         rows = [row for _, row in sorted(gather_object(found), key=lambda item: item[0])]
         everyone = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
         line = summary(everyone) | {
             "reward_standard_error": standard_error(everyone["reward"]),
-            **{f"{name}s": everyone[name].tolist() for name in ("reward", "kl") if name in everyone}}
+            **{f"{name}s": everyone[name].tolist() for name in ("reward", "kl") if name in everyone},
+        }
         if accelerator.is_main_process:
             self.log.write("validation", number, line)
             folder = self.folder / "validation"
             folder.mkdir(exist_ok=True)
             arrays = {name: everyone[name] for name in IMAGES if name in everyone}
-            np.savez_compressed(folder / f"epoch_{number:04d}.npz", rewards=everyone["reward"],
-                                prompts=np.array(captions), **arrays)
-            self.picture("validation", number,
-                         {IMAGES[name]: torch.as_tensor(images) / 255 for name, images in arrays.items()},
-                         [f"reward {value:.3f}" for value in everyone["reward"]], captions)
-        self.say(f"validation after {number} epochs: reward {line['reward_mean']:+.4f} +- "
-                 f"{line['reward_standard_error']:.4f} (standard error over {len(rows)} prompts)"
-                 + (f", kl {line['kl_mean']:.2e}" if self.reference else ""))
+            np.savez_compressed(
+                folder / f"epoch_{number:04d}.npz", rewards=everyone["reward"], prompts=np.array(captions), **arrays
+            )
+            self.picture(
+                "validation",
+                number,
+                {IMAGES[name]: torch.as_tensor(images) / 255 for name, images in arrays.items()},
+                [f"reward {value:.3f}" for value in everyone["reward"]],
+                captions,
+            )
+        self.say(
+            f"validation after {number} epochs: reward {line['reward_mean']:+.4f} +- "
+            f"{line['reward_standard_error']:.4f} (standard error over {len(rows)} prompts)"
+            + (f", kl {line['kl_mean']:.2e}" if self.reference else "")
+        )
 
     # -- saving and going on ------------------------------------------------------------------------------------------
 
@@ -221,12 +255,20 @@ class Run:
             self.log.curves()
             scaler = self.accelerator.scaler
             state = {
-                "kl": self.kl, "calibrations_left": self.calibration.remaining,
+                "kl": self.kl,
+                "calibrations_left": self.calibration.remaining,
                 "trackers": {name: tracker and tracker.state_dict() for name, tracker in self.trackers.items()},
-                "loss_scaler": scaler and scaler.state_dict(), "config": self.config.to_dict(),
+                "loss_scaler": scaler and scaler.state_dict(),
+                "config": self.config.to_dict(),
             }
-            save_checkpoint(self.folder, self.epochs_done, self.policy.trainable_state(), self.optimizer.state_dict(),
-                            state, self.config.num_checkpoint_limit)
+            save_checkpoint(
+                self.folder,
+                self.epochs_done,
+                self.policy.trainable_state(),
+                self.optimizer.state_dict(),
+                state,
+                self.config.num_checkpoint_limit,
+            )
         self.accelerator.wait_for_everyone()
 
     def load(self, checkpoint):
@@ -254,10 +296,15 @@ class Run:
         painted and re-rendered before, painted and re-rendered after."""
         files = sorted((self.folder / "validation").glob("epoch_*.npz"))
         before, after = np.load(files[0]), np.load(files[-1])
-        rows = {f"{label}, {when}": torch.as_tensor(data[name]) / 255
-                for when, data in (("before", before), ("after", after))
-                for name, label in IMAGES.items() if name in data}
-        notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in zip(before["rewards"], after["rewards"])]
+        rows = {
+            f"{label}, {when}": torch.as_tensor(data[name]) / 255
+            for when, data in (("before", before), ("after", after))
+            for name, label in IMAGES.items()
+            if name in data
+        }
+        notes = [
+            f"reward {a:.3f} before, {b:.3f} after" for a, b in zip(before["rewards"], after["rewards"], strict=True)
+        ]
         self.picture("before_after", self.epochs_done, rows, notes, [str(prompt) for prompt in before["prompts"]])
 
     def finish(self):
@@ -276,7 +323,8 @@ class Run:
                 f"\nvalidation reward before {before.mean():+.4f} +- {standard_error(before):.4f}, after "
                 f"{after.mean():+.4f} +- {standard_error(after):.4f}: {100 * gain.mean() / abs(before.mean()):+.1f} % "
                 f"(paired t-test over {len(gain)} prompts: p = {p:.1e})\n"
-                f"the weights are in {self.folder / 'final'}, curves and pictures in {self.folder}")
+                f"the weights are in {self.folder / 'final'}, curves and pictures in {self.folder}"
+            )
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 
@@ -285,14 +333,19 @@ def make_trackers(config):
     """{"reward", "kl"}: the per-prompt statistics, None for those that are not wanted."""
     tracking = config.per_prompt_stat_tracking
     wanted = {"reward": tracking is not None, "kl": tracking is not None and config.kl_per_prompt_stat_tracking}
-    return {name: PerPromptStatTracker(tracking.buffer_size, tracking.min_count) if want else None
-            for name, want in wanted.items()}
+    return {
+        name: PerPromptStatTracker(tracking.buffer_size, tracking.min_count) if want else None
+        for name, want in wanted.items()
+    }
 
 
 def summary(everyone):
     """The numbers that epochs and validations share, from arrays over all samples."""
-    line = {"reward_mean": float(everyone["reward"].mean()), "reward/empty_views": float(everyone["empty"].mean()),
-            "reward/foreground": float(everyone["foreground"].mean())}
+    line = {
+        "reward_mean": float(everyone["reward"].mean()),
+        "reward/empty_views": float(everyone["empty"].mean()),
+        "reward/foreground": float(everyone["foreground"].mean()),
+    }
     return line | ({"kl_mean": float(everyone["kl"].mean())} if "kl" in everyone else {})
 
 

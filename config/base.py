@@ -65,8 +65,8 @@ def get_config() -> ConfigDict:
     config.painter.negative_prompt = ""
 
     config.pretrained = ConfigDict()
-    # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model"; for "mvdream" also the
-    # original file sd-v2.1-base-4view.pt. Must be given.
+    # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model"; for "mvdream" also
+    # the original file sd-v2.1-base-4view.pt. Must be given.
     config.pretrained.model = ""
     # Branch, tag or commit of a hub id; ignored for a folder.
     config.pretrained.revision = "main"

@@ -52,15 +52,14 @@ def multi_round(rounds: int) -> ConfigDict:
     """PPO as DDPO runs it: `rounds` updates on the 768 samples of an epoch, the later ones off-policy."""
     config = carve3d_train()
     if SAMPLES_PER_EPOCH % _positive_int("multi_round", rounds):
-        raise ValueError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a "
-                         f"divisor of it")
+        raise ValueError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a divisor of it")
     config.train.total_batch_size = SAMPLES_PER_EPOCH // rounds
     return config
 
 
 def mvdream_lgm() -> ConfigDict:
-    """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub id)
-    and recon.checkpoint."""
+    """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub
+    id) and recon.checkpoint."""
     config = carve3d_train()
     config.painter.name = "mvdream"
     config.recon.name = "lgm"
@@ -82,8 +81,9 @@ def get_config(name: str = "carve3d_train") -> ConfigDict:
 
     Raises ValueError when there is no such run or when it gets the wrong arguments.
     """
-    runs = {run.__name__: run for run in (
-        carve3d_train, data_size, batch_size, kl_coefficient, multi_round, mvdream_lgm)}
+    runs = {
+        run.__name__: run for run in (carve3d_train, data_size, batch_size, kl_coefficient, multi_round, mvdream_lgm)
+    }
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
@@ -98,8 +98,10 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
     """`samples` per epoch and per update, over `prompts` training prompts; buffers as published."""
     per_prompt = samples // prompts
     if per_prompt < 2:
-        raise ValueError(f"{samples} samples per epoch over {prompts} prompts leave fewer than 2 per prompt: use at "
-                         f"most {samples // 2} prompts, or more samples")
+        raise ValueError(
+            f"{samples} samples per epoch over {prompts} prompts leave fewer than 2 per prompt: use at "
+            f"most {samples // 2} prompts, or more samples"
+        )
     config.sample.total_batch_size = config.train.total_batch_size = samples
     config.prompts.num_train = prompts
     config.per_prompt_stat_tracking.min_count = per_prompt

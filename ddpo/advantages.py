@@ -10,7 +10,8 @@ STD_EPSILON = 1e-8
 
 
 class Advantages(NamedTuple):
-    """All (N,) numpy arrays in the order of the samples; `advantages` is what the loss wants, the others are for the log."""
+    """All (N,) numpy arrays in the order of the samples; `advantages` is what the loss wants, the others are for the
+    log."""
 
     advantages: np.ndarray
     reward_advantages: np.ndarray

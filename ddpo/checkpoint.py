@@ -66,24 +66,30 @@ def find_checkpoint(path, previous_if_damaged=False):
     previous_if_damaged: step back to the newest sound one. Raises FileNotFoundError or DamagedCheckpoint."""
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of "
-                                f"its checkpoint folders.")
+        raise FileNotFoundError(
+            f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its checkpoint folders."
+        )
     single = _epochs(path) is not None
     found = checkpoints(path.parent if single else path)
     if single:
         found = found[: found.index(path) + 1]
     if not found:
-        raise FileNotFoundError(f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one "
-                                f"of its checkpoint folders.")
+        raise FileNotFoundError(
+            f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one "
+            f"of its checkpoint folders."
+        )
     for folder in reversed(found):
         problem = damage(folder)
         if problem is None:
             return folder
         if not previous_if_damaged:
-            raise DamagedCheckpoint(f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True "
-                                    f"to go on from the one before it, or name another one in config.resume_from.")
-    raise DamagedCheckpoint(f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new "
-                            f"run.")
+            raise DamagedCheckpoint(
+                f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True "
+                f"to go on from the one before it, or name another one in config.resume_from."
+            )
+    raise DamagedCheckpoint(
+        f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new run."
+    )
 
 
 def damage(folder):

@@ -13,9 +13,10 @@ def ppo_loss(
     kl_beta=0.0,
     weight=None,
 ):
-    """mean_b weight * (max(-A r, -A clamp(r, 1 - clip_range, 1 + clip_range)) + kl_beta * (log_prob - log_prob_reference))
+    """mean_b weight * (max(-A r, -A clamp(r, 1 - clip_range, 1 + clip_range)) + kl_beta * log_ratio_reference)
 
-    with r = exp(log_prob - log_prob_old) and A = clamp(advantages, +-adv_clip_max).
+    with r = exp(log_prob - log_prob_old), A = clamp(advantages, +-adv_clip_max) and
+    log_ratio_reference = log_prob - log_prob_reference.
 
     log_prob: (B,) under the policy being trained; the gradient flows into it alone.
     log_prob_old, log_prob_reference: (B,) of the same transitions under the sampling policy and the base model. All
@@ -26,12 +27,14 @@ def ppo_loss(
     weight: (B,) weights of the samples' losses, or None for 1 (see `timestep_weights`).
 
     Returns (loss, info): a scalar, and detached scalars approx_kl (0.5 mean((log_prob - log_prob_old)^2)), clipfrac
-    (share of |r - 1| > clip_range), ratio_min, ratio_max, and kl (mean log_prob - log_prob_reference) if a reference is given.
-    info is never weighted. Raises ValueError if kl_beta is set without a reference.
+    (share of |r - 1| > clip_range), ratio_min, ratio_max, and kl (mean log_prob - log_prob_reference) if a reference is
+    given. info is never weighted. Raises ValueError if kl_beta is set without a reference.
     """
     if kl_beta and log_prob_reference is None:
-        raise ValueError(f"kl_beta is {kl_beta} but no log_prob_reference is given: sample with the reference model "
-                         f"(kl_penalty = True) or set kl_beta = 0.")
+        raise ValueError(
+            f"kl_beta is {kl_beta} but no log_prob_reference is given: sample with the reference model "
+            f"(kl_penalty = True) or set kl_beta = 0."
+        )
     log_ratio = log_prob - log_prob_old
     ratio = log_ratio.exp()
     advantages = advantages.clamp(-adv_clip_max, adv_clip_max)
@@ -60,8 +63,8 @@ def timestep_weights(std, kind):
 
     std: (..., T) the sigma_t of the T trained steps (`diffusers_patch.ddim_with_logprob.ddim_std`).
     kind: "uniform", all 1, as published; "noise", proportional to sigma_t^2. The gradient of log_prob grows like
-        1 / sigma_t, so with uniform weights the last, nearly noise-free steps dominate the gradient's norm although they
-        decide little about the picture.
+        1 / sigma_t, so with uniform weights the last, nearly noise-free steps dominate the gradient's norm although
+        they decide little about the picture.
     Raises ValueError for another kind.
     """
     if kind == "uniform":

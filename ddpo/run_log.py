@@ -35,8 +35,8 @@ class RunLog:
             (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
 
     def resume(self, epochs_done):
-        """Forget what is run again, the epochs from `epochs_done` on and the validation before them: their lines, and the
-        validations' files, which a run of fewer epochs than before would else take for its own."""
+        """Forget what is run again, the epochs from `epochs_done` on and the validation before them: their lines, and
+        the validations' files, which a run of fewer epochs than before would else take for its own."""
         file = self.folder / "metrics.jsonl"
         if not self.main or not file.exists():
             return
@@ -59,8 +59,10 @@ class RunLog:
         if not self.main:
             return
         # JSON has no infinity: a gradient that overflowed in float16 is null
-        values = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-                  for key, value in values.items()}
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
         line = {"kind": kind, "epoch": epoch, **values}
         self.lines.append(line)
         with open(self.folder / "metrics.jsonl", "a") as file:
@@ -94,7 +96,7 @@ class RunLog:
         if not self.main or not self.lines:
             return
         figure, axes = plt.subplots(2, 3, figsize=(13, 6), constrained_layout=True)
-        for axis, (title, (kind, key)) in zip(axes.flat, CURVES.items()):
+        for axis, (title, (kind, key)) in zip(axes.flat, CURVES.items(), strict=True):
             lines = [line for line in self.lines if line["kind"] == kind and line.get(key) is not None]
             axis.set_title(title, fontsize=10)
             axis.set_xlabel("epoch")
@@ -112,7 +114,8 @@ class RunLog:
 
 
 def sample_picture(rows, notes, captions, columns=4):
-    """Rows of views object by object, such as painted views over re-rendered views, under caption and note: a PIL image.
+    """Rows of views object by object, such as painted views over re-rendered views, under caption and note: a PIL
+    image.
 
     rows: what a row shows, written into it -> its views (N, V, 3, S, S) in [0, 1]; notes, captions: N strings."""
     N, V, _, _, S = next(iter(rows.values())).shape

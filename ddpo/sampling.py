@@ -34,11 +34,18 @@ class Samples:
 
     def rows(self):
         """One dict of numpy values per sample: reward, foreground, empty, views and renders as bytes, kl if known."""
-        to_bytes = lambda images: (images * 255).round().byte()
-        columns = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty,
-                   "views": to_bytes(self.trajectory.views),
-                   **({} if self.renders is None else {"renders": to_bytes(self.renders)}),
-                   **({} if self.kl is None else {"kl": self.kl})}
+
+        def to_bytes(images):
+            return (images * 255).round().byte()
+
+        columns = {
+            "reward": self.reward,
+            "foreground": self.foreground,
+            "empty": self.empty,
+            "views": to_bytes(self.trajectory.views),
+            **({} if self.renders is None else {"renders": to_bytes(self.renders)}),
+            **({} if self.kl is None else {"kl": self.kl}),
+        }
         columns = {name: values.cpu().numpy() for name, values in columns.items()}
         return [{name: values[i] for name, values in columns.items()} for i in range(len(self.reward))]
 
@@ -52,9 +59,18 @@ def paint(policy, reward, prompts, generators, config, reference, progress=False
         part = slice(first, first + size)
         bar.set_description("sampling")
         start = time.perf_counter()
-        batches.append(rollout(
-            policy, [prompt + suffix for prompt in prompts[part]], config.sample.num_steps,
-            config.sample.guidance_scale, config.sample.eta, generators[part], reference=reference, progress=progress))
+        batches.append(
+            rollout(
+                policy,
+                [prompt + suffix for prompt in prompts[part]],
+                config.sample.num_steps,
+                config.sample.guidance_scale,
+                config.sample.eta,
+                generators[part],
+                reference=reference,
+                progress=progress,
+            )
+        )
         bar.set_description("reward")
         middle = time.perf_counter()
         verdicts.append(reward(batches[-1].views, prompts[part]))
@@ -62,12 +78,20 @@ def paint(policy, reward, prompts, generators, config, reference, progress=False
         seconds["reward"] += time.perf_counter() - middle
         bar.update(len(prompts[part]))
     bar.close()
-    joined = lambda name: torch.cat([getattr(verdict, name) for verdict in verdicts])
+
+    def joined(name):
+        return torch.cat([getattr(verdict, name) for verdict in verdicts])
+
     trajectory = concatenate(batches)
     return Samples(
-        trajectory=trajectory, reward=joined("reward").float(), foreground=joined("foreground").mean(1),
-        empty=joined("empty").any(1), renders=None if verdicts[0].renders is None else joined("renders"),
-        kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps), seconds=seconds)
+        trajectory=trajectory,
+        reward=joined("reward").float(),
+        foreground=joined("foreground").mean(1),
+        empty=joined("empty").any(1),
+        renders=None if verdicts[0].renders is None else joined("renders"),
+        kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
+        seconds=seconds,
+    )
 
 
 def concatenate(trajectories):

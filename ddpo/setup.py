@@ -2,9 +2,9 @@
 
 import netrc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 from urllib.parse import urlsplit
 
 import torch
@@ -40,7 +40,8 @@ class Painter:
 
 def _sdxl_pipeline(pretrained, scheduler):
     return StableDiffusionXLPipeline.from_pretrained(
-        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False)
+        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False
+    )
 
 
 def _mvdream_pipeline(pretrained, scheduler):
@@ -48,17 +49,27 @@ def _mvdream_pipeline(pretrained, scheduler):
 
 
 def _mvdream_policy(pipeline, cameras, config):
-    return MVDream(pipeline, cameras, mvdream_camera_vectors(cameras), config.sample.guidance_rescale,
-                   config.painter.negative_prompt)
+    return MVDream(
+        pipeline,
+        cameras,
+        mvdream_camera_vectors(cameras),
+        config.sample.guidance_rescale,
+        config.painter.negative_prompt,
+    )
 
 
 PAINTERS = {
     "mv_sdxl": Painter(
-        cameras=lambda painter: instant3d_cameras(), pipeline=_sdxl_pipeline,
-        policy=lambda pipeline, cameras, config: MVSDXL(pipeline, cameras, config.sample.guidance_rescale)),
+        cameras=lambda painter: instant3d_cameras(),
+        pipeline=_sdxl_pipeline,
+        policy=lambda pipeline, cameras, config: MVSDXL(pipeline, cameras, config.sample.guidance_rescale),
+    ),
     "mvdream": Painter(
-        cameras=lambda painter: mvdream_cameras(painter.elevation, painter.azimuth_start), pipeline=_mvdream_pipeline,
-        policy=_mvdream_policy, camera_hint="set config.painter.elevation to the sculptor's, or "),
+        cameras=lambda painter: mvdream_cameras(painter.elevation, painter.azimuth_start),
+        pipeline=_mvdream_pipeline,
+        policy=_mvdream_policy,
+        camera_hint="set config.painter.elevation to the sculptor's, or ",
+    ),
 }
 JPEG_REWARDS = {"jpeg_compressibility": jpeg_compressibility, "jpeg_incompressibility": jpeg_incompressibility}
 
@@ -69,9 +80,11 @@ def start_accelerator(config):
         os.environ.setdefault("WANDB_MODE", "offline")  # otherwise wandb stops to ask for an account
     # bf16 is the policy's business (autocast inside `predict`); fp16 needs the accelerator's loss scaling besides
     return Accelerator(
-        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no", cpu=not torch.cuda.is_available(),
+        mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
+        cpu=not torch.cuda.is_available(),
         log_with=None if config.tracker == "none" else config.tracker,
-        project_config=ProjectConfiguration(project_dir=config.logdir))
+        project_config=ProjectConfiguration(project_dir=config.logdir),
+    )
 
 
 def has_wandb_account():
@@ -104,9 +117,11 @@ def check_cameras(config):
     painter = PAINTERS[config.painter.name]
     problems = camera_disagreement(painter.cameras(config.painter), reconstructor_cameras(config.recon))
     if problems:
-        raise ValueError(f"The painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit "
-                         f"together: {'; '.join(problems)}; {painter.camera_hint}choose another config.recon.name or "
-                         f"config.painter.name.")
+        raise ValueError(
+            f"The painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit "
+            f"together: {'; '.join(problems)}; {painter.camera_hint}choose another config.recon.name or "
+            f"config.painter.name."
+        )
 
 
 def load_painter(config, device):
@@ -122,8 +137,10 @@ def load_painter(config, device):
         check_scheduler(scheduler)
         pipeline = painter.pipeline(config.pretrained, scheduler)
     except OSError as error:
-        raise FileNotFoundError(f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a "
-                                f"diffusers pipeline ({error}): give a pipeline folder or a hub id.") from error
+        raise FileNotFoundError(
+            f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a "
+            f"diffusers pipeline ({error}): give a pipeline folder or a hub id."
+        ) from error
     pipeline.set_progress_bar_config(disable=True)
     if config.pretrained.lora:
         fuse_lora(pipeline, config.pretrained.lora)
@@ -141,8 +158,10 @@ def load_scheduler(pretrained):
 def fuse_lora(pipeline, folder):
     """Add a LoRA in diffusers format to the pipeline's weights, so that nothing of it stays apart."""
     if not (Path(folder) / LORA_FILE).is_file():
-        raise FileNotFoundError(f"config.pretrained.lora = {folder!r} has no {LORA_FILE}: give a folder with a LoRA in "
-                                f"diffusers format, or '' for none.")
+        raise FileNotFoundError(
+            f"config.pretrained.lora = {folder!r} has no {LORA_FILE}: give a folder with a LoRA in "
+            f"diffusers format, or '' for none."
+        )
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it would warn that the file holds nothing for the text encoders
     pipeline.load_lora_weights(folder)
@@ -162,8 +181,12 @@ def make_trainable(policy, config):
 def adam_settings(config):
     """AdamW's settings under torch's names."""
     train = config.train
-    return {"lr": train.learning_rate, "betas": (train.adam_beta1, train.adam_beta2),
-            "weight_decay": train.adam_weight_decay, "eps": train.adam_epsilon}
+    return {
+        "lr": train.learning_rate,
+        "betas": (train.adam_beta1, train.adam_beta2),
+        "weight_decay": train.adam_weight_decay,
+        "eps": train.adam_epsilon,
+    }
 
 
 def make_optimizer(policy, config):
@@ -201,6 +224,12 @@ def load_reward(config, device):
     on_white = background_remover() if config.recon.remove_background else lambda views: views
     reconstructor = load_reconstructor(config.recon, device)
     lpips = LPIPS(config.mrc.lpips_checkpoint).to(device)
-    judge = MRC(reconstructor, lpips, bbox_lpips=config.mrc.bbox_lpips, min_foreground=config.mrc.min_foreground,
-                empty_view_reward=config.mrc.empty_view_reward, render_size=config.recon.render_size)
+    judge = MRC(
+        reconstructor,
+        lpips,
+        bbox_lpips=config.mrc.bbox_lpips,
+        min_foreground=config.mrc.min_foreground,
+        empty_view_reward=config.mrc.empty_view_reward,
+        render_size=config.recon.render_size,
+    )
     return lambda views, prompts: judge(on_white(views))

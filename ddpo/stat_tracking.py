@@ -60,19 +60,23 @@ class PerPromptStatTracker:
         return {"history": {prompt: list(history) for prompt, history in self._history.items()}}
 
     def load_state_dict(self, state):
-        """Take over the FIFOs of `state_dict()`. `buffer_size` and `min_count` stay those of this tracker: if its buffer
-        is smaller than the saved one, the newest values are kept."""
+        """Take over the FIFOs of `state_dict()`. `buffer_size` and `min_count` stay those of this tracker: if its
+        buffer is smaller than the saved one, the newest values are kept."""
         self._history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state["history"].items()}
 
 
 def one_value_per_prompt(name, values, prompts):
-    """`values` as a (N,) array for N prompts. Raises ValueError, which calls it `name`, for another shape or a value that
-    is NaN or infinite."""
+    """`values` as a (N,) array for N prompts. Raises ValueError, which calls it `name`, for another shape or a value
+    that is NaN or infinite."""
     values = np.asarray(values)
     if values.shape != (len(prompts),):
-        raise ValueError(f"{name} has shape {values.shape} but there are {len(prompts)} prompts: give one value per prompt.")
+        raise ValueError(
+            f"{name} has shape {values.shape} but there are {len(prompts)} prompts: give one value per prompt."
+        )
     finite = np.isfinite(values)
     if not finite.all():
-        raise ValueError(f"{name} holds {int((~finite).sum())} NaN or infinite values, the first of prompt "
-                         f"{prompts[int(finite.argmin())]!r}: nothing can be learnt from them; mend what computes them.")
+        raise ValueError(
+            f"{name} holds {int((~finite).sum())} NaN or infinite values, the first of prompt "
+            f"{prompts[int(finite.argmin())]!r}: nothing can be learnt from them; mend what computes them."
+        )
     return values

@@ -53,12 +53,23 @@ def micro_batch_losses(policy, trajectory, advantages, index, steps, config):
         count = steps[:, part].shape[1]
         output = policy.predict(old["latents"], old["timesteps"], old["conditioning"], config.sample.guidance_scale)
         _, log_prob = ddim_step_with_logprob(
-            policy.scheduler, output, old["timesteps"], old["latents"], config.sample.eta,
-            prev_sample=old["next_latents"])
+            policy.scheduler,
+            output,
+            old["timesteps"],
+            old["latents"],
+            config.sample.eta,
+            prev_sample=old["next_latents"],
+        )
         loss, info = ppo_loss(
-            log_prob, old["log_probs"], advantages[index].repeat_interleave(count), train.clip_range,
-            train.adv_clip_max, log_prob_reference=old["log_probs_reference"],
-            kl_beta=config.kl_beta if in_loss else 0.0, weight=weights[:, part].flatten())
+            log_prob,
+            old["log_probs"],
+            advantages[index].repeat_interleave(count),
+            train.clip_range,
+            train.adv_clip_max,
+            log_prob_reference=old["log_probs_reference"],
+            kl_beta=config.kl_beta if in_loss else 0.0,
+            weight=weights[:, part].flatten(),
+        )
         share = loss.new_tensor(count / K)
         yield loss * share, {**info, "loss": loss.detach(), "share": share}
 
@@ -75,7 +86,7 @@ def update(policy, optimizer, accelerator, trajectory, advantages, config, gener
     for _ in range(train.num_inner_epochs):
         order, steps = shuffled(len(advantages), trainable_steps(config), train.timestep_fraction, generator)
         order, steps = order.to(advantages.device), steps.to(advantages.device)
-        batches = list(zip(order.split(train.batch_size), steps.split(train.batch_size)))
+        batches = list(zip(order.split(train.batch_size), steps.split(train.batch_size), strict=True))
         for first in range(0, len(batches), train.gradient_accumulation_steps):
             infos = []
             for index, batch_steps in batches[first : first + train.gradient_accumulation_steps]:
@@ -100,7 +111,7 @@ def average_gradients(parameters, accelerator):
         return
     grads = [p.grad for p in parameters if p.grad is not None]
     mean = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="mean")
-    for grad, values in zip(grads, mean.split([grad.numel() for grad in grads])):
+    for grad, values in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(values.view_as(grad))
 
 
@@ -108,7 +119,7 @@ def summarise(infos, accelerator):
     """Statistics of an optimizer step over its micro-batches and all processes: floats, means but for the extrema."""
     names = sorted(infos[0])
     values = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos])  # (infos, names)
-    values = dict(zip(names, accelerator.gather(values).unbind(1)))
+    values = dict(zip(names, accelerator.gather(values).unbind(1), strict=True))
     share = values.pop("share")
     extrema = {"ratio_min": float(values.pop("ratio_min").min()), "ratio_max": float(values.pop("ratio_max").max())}
     return {name: float((value * share).sum() / share.sum()) for name, value in values.items()} | extrema

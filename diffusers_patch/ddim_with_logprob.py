@@ -2,7 +2,8 @@
 
 With noise level eta > 0 a DDIM step (Song et al. 2021, eq. 12 and 16) is a draw from N(mean, std^2 I), so a denoising
 chain is a sequence of stochastic actions whose log-probabilities policy gradients can use (DDPO, Black et al. 2023).
-Symbols: `a_t` is the scheduler's `alphas_cumprod[t]`, `eps_hat` the predicted noise, `x0_hat` the predicted clean image,
+Symbols: `a_t` is the scheduler's `alphas_cumprod[t]`, `eps_hat` the predicted noise, `x0_hat` the predicted clean
+image,
 
     var  = (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev),     std = eta * sqrt(var)
     mean = sqrt(a_prev) * x0_hat + sqrt(1 - a_prev - std^2) * eps_hat
@@ -14,9 +15,9 @@ Three properties hold on purpose:
 * The previous timestep is clamped to 0, not to -1. Stock DDIM ends its chain without noise; here the last step keeps
   std > 0 and so a finite log-probability. `set_alpha_to_one` has therefore no effect.
 * Arithmetic is in float32 (float64 for float64 latents) whatever the storage type. A drawn x_{t-1} is rounded to the
-  storage type FIRST and then scored. DDPO scores the unrounded draw but stores the rounded one, which puts the on-policy
-  ratio off 1 by up to 1e-4 (float16) or 4e-3 (bfloat16), the size of the clip range. Here sampling and training score
-  the very same numbers.
+  storage type FIRST and then scored. DDPO scores the unrounded draw but stores the rounded one, which puts the
+  on-policy ratio off 1 by up to 1e-4 (float16) or 4e-3 (bfloat16), the size of the clip range. Here sampling and
+  training score the very same numbers.
 """
 
 import math
@@ -48,8 +49,10 @@ def ddim_step_with_logprob(
     Raises ValueError if both `generator` and `prev_sample` are given, and as `ddim_mean_std`.
     """
     if prev_sample is not None and generator is not None:
-        raise ValueError("ddim_step_with_logprob got both generator and prev_sample: a given prev_sample is only "
-                         "scored, so pass the generator only when it is to be drawn.")
+        raise ValueError(
+            "ddim_step_with_logprob got both generator and prev_sample: a given prev_sample is only "
+            "scored, so pass the generator only when it is to be drawn."
+        )
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_model_output)
     if prev_sample is None:
         prev_sample = draw(mean, std, generator, noise_dtype=model_output.dtype, dtype=sample.dtype)
@@ -60,7 +63,8 @@ def ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_mo
     """The Gaussian that a DDIM step draws from: (mean (B, ...), std (B, 1, ...)), in float32 (or float64).
 
     Arguments as in `ddim_step_with_logprob`. Whoever needs more than one number of a step (a draw, its
-    log-probability, the KL to a reference) computes this once and passes it to `draw`, `gaussian_log_prob`, `analytic_kl`.
+    log-probability, the KL to a reference) computes this once and passes it to `draw`, `gaussian_log_prob`,
+    `analytic_kl`.
     Raises ValueError if the scheduler has no timesteps or an unknown `prediction_type`, or if the number of timesteps
     is neither 1 nor B.
     """
@@ -71,8 +75,10 @@ def ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_mo
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.to(sample.device)
     a_t, a_prev = _alphas(scheduler, timestep, sample.device)
     if a_t.numel() not in (1, len(sample)):
-        raise ValueError(f"timestep has {a_t.numel()} elements but the batch has {len(sample)}: "
-                         f"give one timestep, or one per sample.")
+        raise ValueError(
+            f"timestep has {a_t.numel()} elements but the batch has {len(sample)}: "
+            f"give one timestep, or one per sample."
+        )
     per_sample = (-1,) + (1,) * (sample.ndim - 1)
     a_t, a_prev = a_t.to(dtype).view(per_sample), a_prev.to(dtype).view(per_sample)
 
@@ -114,8 +120,9 @@ def gaussian_log_prob(prev_sample, mean, std):
 def analytic_kl(mean, mean_reference, std):
     """KL(theta || reference) of one step in closed form, ||mean - mean_reference||^2 / (2 std^2), mean over dimensions.
 
-    mean, mean_reference: (B, ...); std broadcasts, (B, 1, ...). Returns (B,) >= 0, nats per dimension. Both Gaussians have
-    the same std, so this is the expectation of `log_prob - log_prob_reference`, without the noise of that estimator.
+    mean, mean_reference: (B, ...); std broadcasts, (B, 1, ...). Returns (B,) >= 0, nats per dimension. Both Gaussians
+    have the same std, so this is the expectation of `log_prob - log_prob_reference`, without the noise of that
+    estimator.
     """
     return ((mean - mean_reference) ** 2 / (2 * std**2)).flatten(1).mean(dim=1)
 
@@ -136,9 +143,10 @@ def check_scheduler(scheduler):
     last = int(scheduler.timesteps[-1])
     if last == 0:
         raise ValueError(
-            f"The scheduler's last timestep is 0 (timestep_spacing = {scheduler.config.timestep_spacing!r}, steps_offset = "
-            f"{scheduler.config.steps_offset}), where the step has no noise and its log-probability is NaN: set "
-            f"steps_offset = 1 and timestep_spacing = 'leading' in the scheduler's config.")
+            f"The scheduler's last timestep is 0 (timestep_spacing = {scheduler.config.timestep_spacing!r}, "
+            f"steps_offset = {scheduler.config.steps_offset}), where the step has no noise and its log-probability is "
+            f"NaN: set steps_offset = 1 and timestep_spacing = 'leading' in the scheduler's config."
+        )
 
 
 def _alphas(scheduler, timestep, device):
@@ -169,5 +177,6 @@ def _predict_x0_and_noise(prediction_type, output, x_t, a_t):
         return output, (x_t - signal * output) / noise
     if prediction_type == "v_prediction":
         return signal * x_t - noise * output, signal * output + noise * x_t
-    raise ValueError(f"The scheduler's prediction_type is {prediction_type!r}: it must be 'epsilon', 'sample' or "
-                     f"'v_prediction'.")
+    raise ValueError(
+        f"The scheduler's prediction_type is {prediction_type!r}: it must be 'epsilon', 'sample' or 'v_prediction'."
+    )

@@ -26,7 +26,8 @@ class MVSDXL(MultiViewPolicy):
 
     def _encode(self, prompts):
         embeds, _, pooled, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, do_classifier_free_guidance=False)
+            prompts, device=self.device, do_classifier_free_guidance=False
+        )
         return {"prompt_embeds": embeds, "pooled": pooled}
 
     def _unconditional(self, conditioning):

@@ -19,10 +19,17 @@ DECODE_BATCH = 8  # samples decoded at a time: bounds the memory of the VAE
 PREFIX = "model.diffusion_model."
 CAMERA_NUMBERS = 16  # a camera-to-world matrix
 UNET_CONFIG = {
-    "sample_size": 32, "in_channels": 4, "out_channels": 4, "block_out_channels": [320, 640, 1280, 1280],
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280, 1280],
     "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "layers_per_block": 2, "cross_attention_dim": 1024,
-    "attention_head_dim": [5, 10, 20, 20], "use_linear_projection": True, "class_embed_type": "projection",
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+    "layers_per_block": 2,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": [5, 10, 20, 20],
+    "use_linear_projection": True,
+    "class_embed_type": "projection",
     "projection_class_embeddings_input_dim": CAMERA_NUMBERS,
 }
 
@@ -45,21 +52,31 @@ def let_views_attend(unet, attend=None, views=VIEWS):
 
     attend: the processor below both, None = fused attention."""
     attend = attend or AttnProcessor2_0()
-    unet.set_attn_processor({
-        name: ViewsAttend(attend, views) if ".attn1." in name else attend for name in unet.attn_processors})
+    unet.set_attn_processor(
+        {name: ViewsAttend(attend, views) if ".attn1." in name else attend for name in unet.attn_processors}
+    )
     return unet
 
 
 RENAMED = {  # stock name -> ldm name, outside the blocks and inside the residual blocks
-    "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
-    "class_embedding.linear_1.": "camera_embed.0.", "class_embedding.linear_2.": "camera_embed.2.",
-    "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
-    "mid_block.resnets.0.": "middle_block.0.", "mid_block.attentions.0.": "middle_block.1.",
+    "time_embedding.linear_1.": "time_embed.0.",
+    "time_embedding.linear_2.": "time_embed.2.",
+    "class_embedding.linear_1.": "camera_embed.0.",
+    "class_embedding.linear_2.": "camera_embed.2.",
+    "conv_in.": "input_blocks.0.0.",
+    "conv_norm_out.": "out.0.",
+    "conv_out.": "out.2.",
+    "mid_block.resnets.0.": "middle_block.0.",
+    "mid_block.attentions.0.": "middle_block.1.",
     "mid_block.resnets.1.": "middle_block.2.",
 }
 RENAMED_IN_RESNET = {
-    "norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.", "norm2.": "out_layers.0.",
-    "conv2.": "out_layers.3.", "conv_shortcut.": "skip_connection.",
+    "norm1.": "in_layers.0.",
+    "conv1.": "in_layers.2.",
+    "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.",
+    "conv2.": "out_layers.3.",
+    "conv_shortcut.": "skip_connection.",
 }
 
 
@@ -83,7 +100,9 @@ def ldm_name(name, config):
             rest = f"{('resnets', 'attentions').index(kind)}.{rest}"
         name = f"{'input' if way == 'down' else 'output'}_blocks.{number}.{rest}"
     for stock, ldm in RENAMED_IN_RESNET.items():
-        name = re.sub(rf"^((?:input|output)_blocks\.\d+\.0\.|middle_block\.[02]\.){re.escape(stock)}", rf"\g<1>{ldm}", name)
+        name = re.sub(
+            rf"^((?:input|output)_blocks\.\d+\.0\.|middle_block\.[02]\.){re.escape(stock)}", rf"\g<1>{ldm}", name
+        )
     return name
 
 
@@ -96,13 +115,18 @@ def convert_mvdream_unet(state_dict, **unet_overrides):
     Raises ValueError that lists what is missing or unknown."""
     prefixed = any(key.startswith(PREFIX) for key in state_dict)
     weights = {
-        key.removeprefix(PREFIX): value for key, value in state_dict.items() if key.startswith(PREFIX) or not prefixed}
+        key.removeprefix(PREFIX): value for key, value in state_dict.items() if key.startswith(PREFIX) or not prefixed
+    }
     config = {**UNET_CONFIG, **unet_overrides}
     with torch.device("meta"):
         unet = UNet2DConditionModel(**config)
     wanted = {ldm_name(name, unet.config): (name, value.shape) for name, value in unet.state_dict().items()}
-    check_weights(weights, {key: shape for key, (_, shape) in wanted.items()}, "this MVDream UNet",
-                  "a complete checkpoint of MVDream, or the overrides of its UNet's configuration")
+    check_weights(
+        weights,
+        {key: shape for key, (_, shape) in wanted.items()},
+        "this MVDream UNet",
+        "a complete checkpoint of MVDream, or the overrides of its UNet's configuration",
+    )
     unet.load_state_dict({name: weights[key] for key, (name, _) in wanted.items()}, assign=True)
     return let_views_attend(unet)
 
@@ -132,7 +156,8 @@ class MVDream(MultiViewPolicy):
 
     def _encode(self, prompts):
         embeds, _ = self.pipeline.encode_prompt(
-            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+            prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
         return {"prompt_embeds": embeds}
 
     def _unconditional(self, conditioning):
@@ -145,8 +170,9 @@ class MVDream(MultiViewPolicy):
         B = len(latents)
         vectors = self.camera_vectors.to(latents.device, unet.dtype).repeat(B, 1)
         embeds = conditioning["prompt_embeds"].to(unet.dtype).repeat_interleave(VIEWS, 0)
-        output = unet(latents.flatten(0, 1).to(unet.dtype), timesteps.repeat_interleave(VIEWS), embeds,
-                      class_labels=vectors).sample
+        output = unet(
+            latents.flatten(0, 1).to(unet.dtype), timesteps.repeat_interleave(VIEWS), embeds, class_labels=vectors
+        ).sample
         return output.unflatten(0, (B, VIEWS))
 
     @torch.no_grad()

@@ -20,18 +20,35 @@ from diffusers_patch.weights import read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {
-    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1, "clip_sample": False,
-    "set_alpha_to_one": False, "prediction_type": "epsilon",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "prediction_type": "epsilon",
 }
 VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4, "sample_size": 256,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
     "scaling_factor": 0.18215,
 }
 TEXT_ENCODER = {  # OpenCLIP ViT-H without its last layer: the condition is the penultimate one
-    "vocab_size": 49408, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23,
-    "num_attention_heads": 16, "max_position_embeddings": 77, "hidden_act": "gelu", "projection_dim": 512,
-    "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1,
+    "vocab_size": 49408,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 23,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 77,
+    "hidden_act": "gelu",
+    "projection_dim": 512,
+    "bos_token_id": 49406,
+    "eos_token_id": 49407,
+    "pad_token_id": 1,
 }
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TEXT_PREFIX = "cond_stage_model.model."
@@ -40,23 +57,29 @@ TEXT_PREFIX = "cond_stage_model.model."
 def load_mvdream_pipeline(source, revision=None, tokenizer="", scheduler=None, **ldm_configs):
     """MVDream as a stock `StableDiffusionPipeline`, from any of its layouts; nothing is fetched for a local path.
 
-    source: a folder or hub id, stock or ashawkey's, or an ldm file; tokenizer: folder of CLIP's tokenizer, for an ldm file
-    only; ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
+    source: a folder or hub id, stock or ashawkey's, or an ldm file; tokenizer: folder of CLIP's tokenizer, for an ldm
+    file only; ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
     Raises FileNotFoundError or ValueError with one sentence."""
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
-    where = {"pretrained_model_name_or_path": str(source), "revision": revision,
-             "local_files_only": Path(source).is_dir()}
+    where = {
+        "pretrained_model_name_or_path": str(source),
+        "revision": revision,
+        "local_files_only": Path(source).is_dir(),
+    }
     unet = UNet2DConditionModel.load_config(**where, subfolder="unet")
     scheduler = scheduler or DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
     if unet["_class_name"] == "UNet2DConditionModel":
         return StableDiffusionPipeline.from_pretrained(
-            **where, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+            **where, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
     return _assemble(
         convert_mvdream_unet(_unet_weights(source, revision), **stock_unet_config(unet)),
         AutoencoderKL.from_pretrained(**where, subfolder="vae"),
         CLIPTextModel.from_pretrained(**where, subfolder="text_encoder"),
-        CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer"), scheduler)
+        CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer"),
+        scheduler,
+    )
 
 
 def stock_unet_config(config):
@@ -64,11 +87,14 @@ def stock_unet_config(config):
     widths = [config["model_channels"] * factor for factor in config["channel_mult"]]
     attends = [2**level in config["attention_resolutions"] for level in range(len(widths))]
     return {
-        "sample_size": config["image_size"], "in_channels": config["in_channels"],
-        "out_channels": config["out_channels"], "block_out_channels": widths,
+        "sample_size": config["image_size"],
+        "in_channels": config["in_channels"],
+        "out_channels": config["out_channels"],
+        "block_out_channels": widths,
         "down_block_types": ["CrossAttnDownBlock2D" if here else "DownBlock2D" for here in attends],
         "up_block_types": ["CrossAttnUpBlock2D" if here else "UpBlock2D" for here in reversed(attends)],
-        "layers_per_block": config["num_res_blocks"], "cross_attention_dim": config["context_dim"],
+        "layers_per_block": config["num_res_blocks"],
+        "cross_attention_dim": config["context_dim"],
         "attention_head_dim": [max(1, width // config["num_head_channels"]) for width in widths],
     }
 
@@ -85,14 +111,18 @@ def _unet_weights(source, revision):
                 continue
         if file.is_file():
             return read_weights(file)
-    raise FileNotFoundError(f"{source} has neither {' nor '.join(f'unet/{name}' for name in WEIGHT_FILES)}: give a "
-                            f"complete folder or hub id of MVDream.")
+    raise FileNotFoundError(
+        f"{source} has neither {' nor '.join(f'unet/{name}' for name in WEIGHT_FILES)}: give a "
+        f"complete folder or hub id of MVDream."
+    )
 
 
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
     if not tokenizer or not (Path(tokenizer) / "vocab.json").is_file():
-        raise FileNotFoundError(f"{file.name} is an ldm file, which has no tokenizer, and {tokenizer or 'nothing'!r} has no "
-                                f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion).")
+        raise FileNotFoundError(
+            f"{file.name} is an ldm file, which has no tokenizer, and {tokenizer or 'nothing'!r} has no "
+            f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion)."
+        )
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
         raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt.")
@@ -101,11 +131,15 @@ def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_en
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)
     encoder = CLIPTextModel(CLIPTextConfig(**{**TEXT_ENCODER, **(text_encoder or {})}))
     layers = encoder.config.num_hidden_layers
-    text = {key: value for key, value in weights.items()
-            if key.startswith(TEXT_PREFIX) and f"resblocks.{layers}." not in key and "text_projection" not in key}
+    text = {
+        key: value
+        for key, value in weights.items()
+        if key.startswith(TEXT_PREFIX) and f"resblocks.{layers}." not in key and "text_projection" not in key
+    }
     _load(encoder, convert_open_clip_checkpoint(encoder, text, TEXT_PREFIX), file)
-    return _assemble(painter, decoder, encoder, CLIPTokenizer.from_pretrained(tokenizer),
-                     scheduler or DDIMScheduler(**SCHEDULER))
+    return _assemble(
+        painter, decoder, encoder, CLIPTokenizer.from_pretrained(tokenizer), scheduler or DDIMScheduler(**SCHEDULER)
+    )
 
 
 def _load(model, state, file):
@@ -116,15 +150,24 @@ def _load(model, state, file):
     problems = model.load_state_dict(state, strict=False)
     missing = [key for key in problems.missing_keys if not key.endswith("position_ids")]
     if missing or problems.unexpected_keys:
-        raise ValueError(f"{file} does not hold a complete {type(model).__name__}: {len(missing)} weights are missing "
-                         f"{missing[:3]}, {len(problems.unexpected_keys)} unknown {problems.unexpected_keys[:3]}; give "
-                         f"MVDream's sd-v2.1-base-4view.pt.")
+        raise ValueError(
+            f"{file} does not hold a complete {type(model).__name__}: {len(missing)} weights are missing "
+            f"{missing[:3]}, {len(problems.unexpected_keys)} unknown {problems.unexpected_keys[:3]}; give "
+            f"MVDream's sd-v2.1-base-4view.pt."
+        )
 
 
 def _assemble(unet, vae, text_encoder, tokenizer, scheduler):
     return StableDiffusionPipeline(
-        unet=unet, vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, scheduler=scheduler, safety_checker=None,
-        feature_extractor=None, requires_safety_checker=False)
+        unet=unet,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def main():

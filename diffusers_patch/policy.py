@@ -19,9 +19,20 @@ LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {
     "attention": ATTENTION,
-    "attention+conv": ATTENTION + [
-        "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj", "conv1", "conv2", "conv_shortcut",
-        "conv_in", "conv_out", "downsamplers.0.conv", "upsamplers.0.conv",
+    "attention+conv": ATTENTION
+    + [
+        "proj_in",
+        "proj_out",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "time_emb_proj",
+        "conv1",
+        "conv2",
+        "conv_shortcut",
+        "conv_in",
+        "conv_out",
+        "downsamplers.0.conv",
+        "upsamplers.0.conv",
     ],
 }
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -39,8 +50,8 @@ class MultiViewPolicy:
     cameras: where the V views stand (any object; the trainer compares it with the reconstructor's).
     guidance_rescale: 0 = plain guidance (Lin et al. 2023, section 3.4, for values up to 1).
 
-    Subclasses provide `_encode(prompts) -> conditioning`, `_unconditional(conditioning)` of the same shapes for the other
-    branch of the guidance, `decode(latents) -> views`, `latent_shape` (of one sample) and
+    Subclasses provide `_encode(prompts) -> conditioning`, `_unconditional(conditioning)` of the same shapes for the
+    other branch of the guidance, `decode(latents) -> views`, `latent_shape` (of one sample) and
     `_unet(unet, latents, timesteps, conditioning)`; conditioning is a dict of (B, ...) tensors.
     """
 
@@ -107,8 +118,10 @@ class MultiViewPolicy:
         """Put back what `trainable_state` returned. Raises ValueError if names or shapes differ."""
         mine = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
         if mine.keys() != state.keys() or any(mine[name].shape != value.shape for name, value in state.items()):
-            raise ValueError("The saved weights do not fit this model: config.use_lora, config.lora.* and "
-                             "config.pretrained.model must be those of the run that saved them.")
+            raise ValueError(
+                "The saved weights do not fit this model: config.use_lora, config.lora.* and "
+                "config.pretrained.model must be those of the run that saved them."
+            )
         with torch.no_grad():
             for name, value in state.items():
                 mine[name].copy_(value)
@@ -134,9 +147,11 @@ class MultiViewPolicy:
         problems = set_peft_model_state_dict(self.unet, state)
         missing = [name for name in problems.missing_keys if "lora_" in name]
         if missing or problems.unexpected_keys:
-            raise ValueError(f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
-                             f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
-                             f"saved it.")
+            raise ValueError(
+                f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
+                f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
+                f"saved it."
+            )
 
     # -- acting -----------------------------------------------------------------------------------------------------
 
@@ -203,7 +218,7 @@ class MultiViewPolicy:
         try:
             yield
         finally:
-            for p, dtype in zip(frozen, types):
+            for p, dtype in zip(frozen, types, strict=True):
                 p.data = p.data.to(dtype)
             self.autocast_dtype = kept
 

@@ -38,8 +38,9 @@ class Trajectory:
 
 
 @torch.no_grad()
-def rollout(policy, prompts, num_steps, guidance_scale, eta=1.0, generator=None, reference=False, latents=None,
-            progress=False):
+def rollout(
+    policy, prompts, num_steps, guidance_scale, eta=1.0, generator=None, reference=False, latents=None, progress=False
+):
     """Paint one object for each of B prompts.
 
     generator: None, a torch.Generator, or a list of B (one per sample, so that a sample does not depend on its batch).

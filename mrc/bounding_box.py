@@ -1,4 +1,5 @@
-"""Where the object is in a view. Boxes are (x_min, y_min, x_max, y_max) in pixels, inclusive, int64, last dimension 4."""
+"""Where the object is in a view. Boxes are (x_min, y_min, x_max, y_max) in pixels, inclusive, int64, last dimension
+4."""
 
 import torch
 
@@ -26,7 +27,8 @@ def make_square_bbox(box):
     """Grow the shorter side on both ends by ceil(difference / 2): (..., 4) -> (..., 4) int64.
 
     For an odd difference the result is therefore one pixel longer in the grown direction, not quite a square. That is
-    what the published reward computes, kept so that rewards are comparable. The result may leave the image: see `crop_box`.
+    what the published reward computes, kept so that rewards are comparable. The result may leave the image: see
+    `crop_box`.
     """
     x_min, y_min, x_max, y_max = torch.as_tensor(box).unbind(dim=-1)
     excess = (x_max - x_min) - (y_max - y_min)  # > 0: wider than high

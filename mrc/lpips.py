@@ -1,4 +1,5 @@
-"""LPIPS, the learned perceptual distance between two images (Zhang et al. 2018): AlexNet features, linear heads v0.1."""
+"""LPIPS, the learned perceptual distance between two images (Zhang et al. 2018): AlexNet features, linear heads
+v0.1."""
 
 from pathlib import Path
 
@@ -28,11 +29,18 @@ class LPIPS(nn.Module):
         super().__init__()
         self.chunk_size = chunk_size
         self.features = nn.Sequential(
-            nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2),
-            nn.Conv2d(192, 384, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(384, 256, 3, padding=1), nn.ReLU(),
-            nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(3, 64, 11, stride=4, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(64, 192, 5, padding=2),
+            nn.ReLU(),
+            nn.MaxPool2d(3, 2),
+            nn.Conv2d(192, 384, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(384, 256, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(256, 256, 3, padding=1),
+            nn.ReLU(),
         )
         for i, channels in enumerate(CHANNELS):
             self.add_module(f"lin{i}", nn.Conv2d(channels, 1, 1, bias=False))
@@ -41,8 +49,10 @@ class LPIPS(nn.Module):
 
         checkpoint = Path(checkpoint or WEIGHTS)
         if not checkpoint.is_file():
-            raise FileNotFoundError(f"mrc.lpips_checkpoint: no file {checkpoint}; leave the key empty to use the weights "
-                                    f"that ship with the project ({WEIGHTS.name}).")
+            raise FileNotFoundError(
+                f"mrc.lpips_checkpoint: no file {checkpoint}; leave the key empty to use the weights "
+                f"that ship with the project ({WEIGHTS.name})."
+            )
         self.load_state_dict(load_file(checkpoint))
         self.requires_grad_(False).eval()
 
@@ -52,9 +62,11 @@ class LPIPS(nn.Module):
         Raises ValueError for shapes that differ or are too small.
         """
         if a.shape != b.shape or a.ndim != 4 or a.shape[1] != 3 or min(a.shape[2:]) < MIN_SIZE:
-            raise ValueError(f"LPIPS got images of shapes {tuple(a.shape)} and {tuple(b.shape)}: both must have the same "
-                             f"shape (N, 3, H, W) with H and W of {MIN_SIZE} or more.")
-        pairs = zip(a.split(self.chunk_size), b.split(self.chunk_size))
+            raise ValueError(
+                f"LPIPS got images of shapes {tuple(a.shape)} and {tuple(b.shape)}: both must have the same "
+                f"shape (N, 3, H, W) with H and W of {MIN_SIZE} or more."
+            )
+        pairs = zip(a.split(self.chunk_size), b.split(self.chunk_size), strict=True)
         return torch.cat([self._per_layer(x, y).sum(dim=0) for x, y in pairs])
 
     def _per_layer(self, a, b):

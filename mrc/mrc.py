@@ -1,8 +1,8 @@
 """Multi-view Reconstruction Consistency: do the painted views show one 3D object? (Carve3D, Xie et al. 2024, section 3)
 
-A feed-forward reconstructor turns the views into a 3D scene, which is rendered at the same cameras. Views that agree with
-each other survive this unchanged; views that contradict each other cannot all be reproduced. MRC is the mean LPIPS between
-each view and its render inside the object's bounding box, and the reward is -MRC.
+A feed-forward reconstructor turns the views into a 3D scene, which is rendered at the same cameras. Views that agree
+with each other survive this unchanged; views that contradict each other cannot all be reproduced. MRC is the mean LPIPS
+between each view and its render inside the object's bounding box, and the reward is -MRC.
 """
 
 import warnings
@@ -12,7 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from mrc.bounding_box import (
-    background_is_white, compute_bounding_box, crop_box, foreground_mask, make_square_bbox, object_is_cut,
+    background_is_white,
+    compute_bounding_box,
+    crop_box,
+    foreground_mask,
+    make_square_bbox,
+    object_is_cut,
 )
 
 
@@ -21,8 +26,9 @@ class MRCResult:
     """The verdict on B samples of V views."""
 
     reward: torch.Tensor  # (B,) -mean LPIPS, or empty_view_reward for a sample with an empty view; higher is better
-    lpips: torch.Tensor  # (B, V) distance between view and render, of empty views too (where it means nothing); NaN for a
-    # view that no scene was asked about, see `score_views`
+    # (B, V) distance between view and render, of empty views too (where it means nothing); NaN for a view that no scene
+    # was asked about, see `score_views`
+    lpips: torch.Tensor
     renders: torch.Tensor  # (B, V, 3, S, S) in [0, 1], the reconstruction seen from the views' cameras
     empty: torch.Tensor  # (B, V) bool, the view shows no object, or too little of it
     foreground: torch.Tensor  # (B, V) share of the view that is foreground, in [0, 1]; watch it for shrinking objects
@@ -31,15 +37,17 @@ class MRCResult:
 class MRC:
     """`MRC(reconstructor, lpips)(views) -> MRCResult`, the reward that Carve3D learns from.
 
-    reconstructor: has `cameras`, `num_views` and `input_size`, and the methods `reconstruct(views, cameras) -> scene` and
-        `render(scene, cameras, size) -> (images (B, V, 3, size, size), alpha)`; images (B, K, V, 3, size, size) of K scenes
-        of single views are taken too, see `score_views`.
+    reconstructor: has `cameras`, `num_views` and `input_size`, and the methods `reconstruct(views, cameras) -> scene`
+        and `render(scene, cameras, size) -> (images (B, V, 3, size, size), alpha)`; images (B, K, V, 3, size, size) of
+        K scenes of single views are taken too, see `score_views`.
     lpips: callable (N, 3, H, W) x 2 -> (N,), see `mrc.lpips.LPIPS`.
-    render_size: side of the renders in pixels; None renders at the views' size. Views of another size are resized to it.
-    bbox_lpips, min_foreground, empty_view_reward: see `score_views`.
+    render_size: side of the renders in pixels; None renders at the views' size. Views of another size are resized to
+    it. bbox_lpips, min_foreground, empty_view_reward: see `score_views`.
     """
 
-    def __init__(self, reconstructor, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0, render_size=None):
+    def __init__(
+        self, reconstructor, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0, render_size=None
+    ):
         self.reconstructor = reconstructor
         self.lpips = lpips
         self.bbox_lpips = bbox_lpips
@@ -55,8 +63,10 @@ class MRC:
         Raises ValueError if the number of views is not the reconstructor's, or a pixel is not finite.
         """
         if views.ndim != 5 or views.shape[1:3] != (self.reconstructor.num_views, 3):
-            raise ValueError(f"MRC got views of shape {tuple(views.shape)}: the reconstructor wants (B, "
-                             f"{self.reconstructor.num_views}, 3, S, S).")
+            raise ValueError(
+                f"MRC got views of shape {tuple(views.shape)}: the reconstructor wants (B, "
+                f"{self.reconstructor.num_views}, 3, S, S)."
+            )
         _require_finite("painted views", views)
         self._warn_of_framing(views)
         views, cameras = views.float(), self.reconstructor.cameras
@@ -64,7 +74,8 @@ class MRC:
         scene = self.reconstructor.reconstruct(resize_views(views, self.reconstructor.input_size), cameras)
         renders, _ = self.reconstructor.render(scene, cameras, size)
         return score_views(
-            resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward)
+            resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward
+        )
 
     def _warn_of_framing(self, views):
         """Once of each: what no sculptor was trained for."""
@@ -77,21 +88,21 @@ class MRC:
         for words, found in problems.items():
             if found.any() and words not in self._warned:
                 self._warned.add(words)
-                warnings.warn(f"{int(found.sum())} of {len(views)} samples {words}.")
+                warnings.warn(f"{int(found.sum())} of {len(views)} samples {words}.", stacklevel=3)
 
 
 @torch.no_grad()
 def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0):
     """MRC of views (B, V, 3, S, S) and their renders, both in [0, 1], as an `MRCResult`.
 
-    renders: (B, V, 3, S, S) of one scene made of all views; or (B, K, V, 3, S, S) of K scenes, each made of one view, the
-        first K in turn. A scene made of a view says nothing new about that view, so those pairs are left out.
+    renders: (B, V, 3, S, S) of one scene made of all views; or (B, K, V, 3, S, S) of K scenes, each made of one view,
+        the first K in turn. A scene made of a view says nothing new about that view, so those pairs are left out.
     lpips: callable (N, 3, S, S) x 2 -> (N,).
     bbox_lpips: compare inside the box of the VIEW's foreground (as published), or whole views.
     min_foreground: a view with a smaller share of foreground, in [0, 1], counts as empty, as does one without any.
-    empty_view_reward: the reward of a sample with an empty view. It closes a loophole of the published reward, in which a
-        view without foreground is compared in a 6 x 6 white corner, so that painting nothing scores best. None leaves the
-        loophole open, to reproduce published numbers.
+    empty_view_reward: the reward of a sample with an empty view. It closes a loophole of the published reward, in which
+        a view without foreground is compared in a 6 x 6 white corner, so that painting nothing scores best. None leaves
+        the loophole open, to reproduce published numbers.
 
     Raises ValueError if the shapes differ or a pixel is not finite.
     """
@@ -99,8 +110,10 @@ def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, em
     of_all_views = renders.ndim == views.ndim
     renders = renders[:, None] if of_all_views else renders
     if renders[:, 0].shape != views.shape:
-        raise ValueError(f"views have shape {tuple(views.shape)} but their renders {tuple(renders[:, 0].shape)}: render at "
-                         f"the views' cameras and size.")
+        raise ValueError(
+            f"views have shape {tuple(views.shape)} but their renders {tuple(renders[:, 0].shape)}: render at "
+            f"the views' cameras and size."
+        )
     _require_finite("painted views", views)
     _require_finite("renders of the reconstruction", renders)
     views, renders = views.float(), renders.float()
@@ -125,7 +138,8 @@ def _distances(views, renders, boxes, lpips, bbox_lpips):
 
 
 def view_boxes(views):
-    """The box in which each view is compared: its foreground's, made square, padded, clamped. (..., 3, H, W) -> (..., 4)."""
+    """The box in which each view is compared: its foreground's, made square, padded, clamped. (..., 3, H, W) -> (...,
+    4)."""
     return crop_box(make_square_bbox(compute_bounding_box(views)), *views.shape[-2:])
 
 
@@ -137,7 +151,7 @@ def crop_pairs(views, renders, boxes):
     both = torch.cat([views, renders], dim=1)  # six channels: one resize for the two of them
     crops = [
         _resize(image[None, :, y_min : y_max + 1, x_min : x_max + 1], both.shape[-2:])
-        for image, (x_min, y_min, x_max, y_max) in zip(both, boxes.tolist())
+        for image, (x_min, y_min, x_max, y_max) in zip(both, boxes.tolist(), strict=True)
     ]
     return torch.cat(crops).chunk(2, dim=1)
 
@@ -156,6 +170,8 @@ def resize_views(views, size):
 def _require_finite(name, images):
     finite = torch.isfinite(images).flatten(1).all(dim=1)
     if not finite.all():
-        raise ValueError(f"{int((~finite).sum())} of {len(images)} samples have NaN or infinite pixels in the {name}: the "
-                         f"model that makes them has diverged, or overflows in float16 (use mixed_precision = 'bf16' or a "
-                         f"VAE made for float16).")
+        raise ValueError(
+            f"{int((~finite).sum())} of {len(images)} samples have NaN or infinite pixels in the {name}: the "
+            f"model that makes them has diverged, or overflows in float16 (use mixed_precision = 'bf16' or a "
+            f"VAE made for float16)."
+        )

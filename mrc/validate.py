@@ -55,12 +55,15 @@ def blur(image, sigma):
 def with_distorted_view(views, kind, strength, turned_view, other_views):
     """views (N, V, 3, S, S) with view `VIEW` distorted.
 
-    turned_view: degrees -> that view of the objects turned by so much, (N, 3, S, S); other_views: views of other objects."""
+    turned_view: degrees -> that view of the objects turned by so much, (N, 3, S, S); other_views: views of other
+    objects."""
     view = views[:, VIEW]
     distorted = views.clone()
     distorted[:, VIEW] = {
-        "rotation": lambda: turned_view(strength), "hue": lambda: turn_hue(view, strength),
-        "blur": lambda: blur(view, strength), "another object": lambda: other_views[:, VIEW],
+        "rotation": lambda: turned_view(strength),
+        "hue": lambda: turn_hue(view, strength),
+        "blur": lambda: blur(view, strength),
+        "another object": lambda: other_views[:, VIEW],
     }[kind]()
     return distorted
 
@@ -91,29 +94,41 @@ def experiment(judge, count, size, trials=TRIALS, seed=0):
         turn = torch.eye(4)
         turn[0, 0] = turn[1, 1] = angle.cos()
         turn[1, 0], turn[0, 1] = angle.sin(), -angle.sin()
-        return render(objects, Cameras((turn @ cameras.c2w)[VIEW : VIEW + 1], cameras.fxfycxcy[VIEW : VIEW + 1]), size)[0][:, 0]
+        return render(objects, Cameras((turn @ cameras.c2w)[VIEW : VIEW + 1], cameras.fxfycxcy[VIEW : VIEW + 1]), size)[
+            0
+        ][:, 0]
 
     def score(views):
         return torch.cat([judge(part.to(device)).lpips.mean(1) for part in views.split(BATCH)]).tolist()
 
     results = {"none": {0.0: score(views)}}
     for kind, strength in trials:
-        results.setdefault(kind, {})[strength] = score(with_distorted_view(views, kind, strength, turned_view, views.roll(1, 0)))
+        results.setdefault(kind, {})[strength] = score(
+            with_distorted_view(views, kind, strength, turned_view, views.roll(1, 0))
+        )
     return results
 
 
 def table(results):
     """Markdown: mean MRC, its standard error, and the paired difference from the undistorted views with its own."""
     base = torch.tensor(results["none"][0.0])
-    error = lambda values: values.std().item() / math.sqrt(len(values))
-    lines = ["| distortion of one view | MRC | more than without |", "| --- | --- | --- |",
-             f"| none | {base.mean():.4f} ± {error(base):.4f} | |"]
+
+    def error(values):
+        return values.std().item() / math.sqrt(len(values))
+
+    lines = [
+        "| distortion of one view | MRC | more than without |",
+        "| --- | --- | --- |",
+        f"| none | {base.mean():.4f} ± {error(base):.4f} | |",
+    ]
     for kind, (_, unit) in STRENGTHS.items():
         for strength, scores in results[kind].items():
             scores = torch.tensor(scores)
             name = f"{kind} {strength:g} {unit}" if unit else kind
-            lines.append(f"| {name} | {scores.mean():.4f} ± {error(scores):.4f} | {(scores - base).mean():+.4f} ± "
-                         f"{error(scores - base):.4f} |")
+            lines.append(
+                f"| {name} | {scores.mean():.4f} ± {error(scores):.4f} | {(scores - base).mean():+.4f} ± "
+                f"{error(scores - base):.4f} |"
+            )
     return "\n".join(lines)
 
 
@@ -124,11 +139,15 @@ def draw(results, file):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(STRENGTHS), figsize=(3 * len(STRENGTHS), 3), sharey=True, constrained_layout=True)
-    for axis, (kind, (_, unit)) in zip(axes, STRENGTHS.items()):
+    figure, axes = plt.subplots(
+        1, len(STRENGTHS), figsize=(3 * len(STRENGTHS), 3), sharey=True, constrained_layout=True
+    )
+    for axis, (kind, (_, unit)) in zip(axes, STRENGTHS.items(), strict=True):
         points = {**results["none"], **results[kind]}
         scores = torch.tensor(list(points.values()))
-        axis.errorbar(list(points), scores.mean(1), yerr=scores.std(1) / math.sqrt(scores.shape[1]), marker="o", capsize=3)
+        axis.errorbar(
+            list(points), scores.mean(1), yerr=scores.std(1) / math.sqrt(scores.shape[1]), marker="o", capsize=3
+        )
         axis.set(title=f"one view: {kind}", xlabel=unit or "no / yes")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("MRC (mean LPIPS, lower is better)")
@@ -146,8 +165,12 @@ def main(flags):
     config, out = resolve(flags.config, 1), Path(flags.out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reconstructor = load_reconstructor(config.recon, device)
-    judge = MRC(reconstructor, LPIPS(config.mrc.lpips_checkpoint).to(device), bbox_lpips=config.mrc.bbox_lpips,
-                render_size=config.recon.render_size)
+    judge = MRC(
+        reconstructor,
+        LPIPS(config.mrc.lpips_checkpoint).to(device),
+        bbox_lpips=config.mrc.bbox_lpips,
+        render_size=config.recon.render_size,
+    )
     results = experiment(judge, flags.objects, config.recon.render_size, tqdm.tqdm(TRIALS, desc="distortions"))
     out.mkdir(parents=True, exist_ok=True)
     (out / "validate.json").write_text(json.dumps(results, indent=1) + "\n")

@@ -16,14 +16,15 @@ import csv
 import json
 import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 from prompts.dataset import load_prompts
 
 
-def score_all(prompts: Sequence[str], score: Callable[[int, str], list[float]], results_file: str | Path,
-              settings: dict) -> dict[str, list[float]]:
+def score_all(
+    prompts: Sequence[str], score: Callable[[int, str], list[float]], results_file: str | Path, settings: dict
+) -> dict[str, list[float]]:
     """Scores every prompt that `results_file` does not have yet; returns {prompt: rewards} in the order of `prompts`.
 
     score: (index in `prompts`, prompt) -> that prompt's rewards. The result of each call is on disk before the next.
@@ -40,8 +41,10 @@ def score_all(prompts: Sequence[str], score: Callable[[int, str], list[float]], 
             if prompt not in done:
                 done[prompt] = [float(reward) for reward in score(index, prompt)]
                 if not done[prompt] or not all(abs(reward) < float("inf") for reward in done[prompt]):
-                    raise ValueError(f"the rewards of {prompt!r} are {done[prompt]}, which cannot be ranked: check the "
-                                     f"painter and the reconstructor")
+                    raise ValueError(
+                        f"the rewards of {prompt!r} are {done[prompt]}, which cannot be ranked: check the "
+                        f"painter and the reconstructor"
+                    )
                 _append(file, {"prompt": prompt, "rewards": done[prompt]})
     return {prompt: done[prompt] for prompt in prompts}
 
@@ -61,8 +64,16 @@ def write_ranking(results: dict[str, list[float]], out: str | Path, keep: int) -
         table.writerow(["rank", "kept", "mean_reward", "std_reward", "samples", "prompt"])
         for rank, prompt in enumerate(ranked, start=1):
             rewards = results[prompt]
-            table.writerow([rank, int(rank <= keep), f"{statistics.fmean(rewards):.6f}",
-                            f"{statistics.pstdev(rewards):.6f}", len(rewards), prompt])
+            table.writerow(
+                [
+                    rank,
+                    int(rank <= keep),
+                    f"{statistics.fmean(rewards):.6f}",
+                    f"{statistics.pstdev(rewards):.6f}",
+                    len(rewards),
+                    prompt,
+                ]
+            )
     (out / "kept.txt").write_text("".join(f"{prompt}\n" for prompt in ranked[:keep]), encoding="utf-8")
     return ranked[:keep]
 
@@ -77,7 +88,7 @@ def _read_results(path: Path, settings: dict) -> dict[str, list[float]]:
     if not path.exists():
         return {}
     content = path.read_bytes()
-    whole = content[:content.rfind(b"\n") + 1]
+    whole = content[: content.rfind(b"\n") + 1]
     if whole != content:
         path.write_bytes(whole)
     try:
@@ -88,8 +99,10 @@ def _read_results(path: Path, settings: dict) -> dict[str, list[float]]:
         raise ValueError(f"{path} is damaged ({error}): remove it to start again") from error
     if found != settings:
         differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-        raise ValueError(f"{path} was made with other settings ({', '.join(differing)}): remove it to start again, or "
-                         f"give another --out")
+        raise ValueError(
+            f"{path} was made with other settings ({', '.join(differing)}): remove it to start again, or "
+            f"give another --out"
+        )
     return results
 
 
@@ -110,9 +123,14 @@ def _painter_score(config, samples: int) -> Callable[[int, str], list[float]]:
     def score(index: int, prompt: str) -> list[float]:
         generator = torch.Generator(device).manual_seed(config.seed + index)
         with torch.no_grad():
-            trajectory = rollout(policy, [prompt + config.sample.prompt_suffix] * samples,
-                                 num_steps=config.sample.num_steps, guidance_scale=config.sample.guidance_scale,
-                                 eta=config.sample.eta, generator=generator)
+            trajectory = rollout(
+                policy,
+                [prompt + config.sample.prompt_suffix] * samples,
+                num_steps=config.sample.num_steps,
+                guidance_scale=config.sample.guidance_scale,
+                eta=config.sample.eta,
+                generator=generator,
+            )
             return reward(trajectory.views, [prompt] * samples).reward.tolist()
 
     return score
@@ -132,16 +150,28 @@ def main(flags) -> None:
     config.prompts.num_train = 0
     validate(config, num_processes=1, device_type="cuda" if torch.cuda.is_available() else "cpu")
     if not 1 <= flags.keep <= len(candidates):  # before hours of painting
-        raise ValueError(f"--keep is {flags.keep} but {flags.candidates} has {len(candidates)} prompts: keep between 1 "
-                         f"and {len(candidates)}")
+        raise ValueError(
+            f"--keep is {flags.keep} but {flags.candidates} has {len(candidates)} prompts: keep between 1 "
+            f"and {len(candidates)}"
+        )
 
-    settings = {"pretrained": config.pretrained.to_dict(), "painter": config.painter.to_dict(), "seed": config.seed,
-                "reward_fn": config.reward_fn, "recon": config.recon.to_dict(), "mrc": config.mrc.to_dict(),
-                "num_steps": config.sample.num_steps, "guidance_scale": config.sample.guidance_scale,
-                "eta": config.sample.eta, "prompt_suffix": config.sample.prompt_suffix,
-                "candidates": candidates, "samples": flags.samples}
+    settings = {
+        "pretrained": config.pretrained.to_dict(),
+        "painter": config.painter.to_dict(),
+        "seed": config.seed,
+        "reward_fn": config.reward_fn,
+        "recon": config.recon.to_dict(),
+        "mrc": config.mrc.to_dict(),
+        "num_steps": config.sample.num_steps,
+        "guidance_scale": config.sample.guidance_scale,
+        "eta": config.sample.eta,
+        "prompt_suffix": config.sample.prompt_suffix,
+        "candidates": candidates,
+        "samples": flags.samples,
+    }
     score = _painter_score(config, flags.samples)
     with tqdm.tqdm(total=len(candidates), desc="curating") as bar:
+
         def score_and_tell(index: int, prompt: str) -> list[float]:
             bar.update(index - bar.n)
             return score(index, prompt)

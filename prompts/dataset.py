@@ -39,8 +39,10 @@ class PromptDataset:
         """
         train_set = load_prompts(train_file)
         if num_train > len(train_set):
-            raise ValueError(f"{train_file} has {len(train_set)} prompts, fewer than num_train = {num_train}: lower "
-                             f"num_train or set it to 0 for all")
+            raise ValueError(
+                f"{train_file} has {len(train_set)} prompts, fewer than num_train = {num_train}: lower "
+                f"num_train or set it to 0 for all"
+            )
         self.train_set = train_set[:num_train] if num_train else train_set
         for index, prompt in enumerate(self.train_set):
             first = self.train_set.index(prompt)
@@ -81,12 +83,15 @@ def _json_prompts(text: str, path: Path, key: str) -> list[str]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch it again, or give a text file with one prompt per "
-                         f"line") from None
+        raise ValueError(
+            f"{path} is not JSON ({error}): fetch it again, or give a text file with one prompt per line"
+        ) from None
     if isinstance(content, dict):
         if key not in content:
-            raise ValueError(f"{path} has the keys {', '.join(sorted(content))} but not {key!r}, under which the list "
-                             f"of prompts is expected")
+            raise ValueError(
+                f"{path} has the keys {', '.join(sorted(content))} but not {key!r}, under which the list "
+                f"of prompts is expected"
+            )
         content = content[key]
     if not isinstance(content, list) or not all(isinstance(prompt, str) for prompt in content):
         raise ValueError(f"{path} must hold a list of texts, at the top or at {key!r}")
@@ -95,10 +100,14 @@ def _json_prompts(text: str, path: Path, key: str) -> list[str]:
 
 def _how_to_get(path: Path) -> str:
     if "dreamfusion" in path.name:
-        return ("the 415 DreamFusion prompts are not shipped; put your copy at prompts/dreamfusion_415.txt (one per "
-                "line), or load/prompt_library.json of the threestudio repository at prompts/dreamfusion_415.json, and "
-                "name that file")
+        return (
+            "the 415 DreamFusion prompts are not shipped; put your copy at prompts/dreamfusion_415.txt (one per "
+            "line), or load/prompt_library.json of the threestudio repository at prompts/dreamfusion_415.json, and "
+            "name that file"
+        )
     if path.parent.name == "curated":
-        return ("the painter has not chosen its training prompts yet; run python -m prompts.curate with the same "
-                "--config, or use prompts/train_candidates.txt")
+        return (
+            "the painter has not chosen its training prompts yet; run python -m prompts.curate with the same "
+            "--config, or use prompts/train_candidates.txt"
+        )
     return "give a text file with one prompt per line"

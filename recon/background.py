@@ -1,7 +1,7 @@
 """Painters do not always paint on white, and everything behind them counts what is not white as part of the object.
 
-What the sculptors assume, all of them: one object on white inside [-1, 1]^3, whose whole outline is in every view. LGM and
-GRM were trained on objects that fill most of the view; OpenLRM on objects at distance 2 in a view of 67.4 degrees.
+What the sculptors assume, all of them: one object on white inside [-1, 1]^3, whose whole outline is in every view. LGM
+and GRM were trained on objects that fill most of the view; OpenLRM on objects at distance 2 in a view of 67.4 degrees.
 """
 
 import numpy as np
@@ -16,8 +16,10 @@ def background_remover():
     try:
         import rembg
     except ImportError as error:
-        raise ValueError("config.recon.remove_background is True, but rembg is not installed: `pip install rembg`, or set "
-                         "it to False if the painter paints on white.") from error
+        raise ValueError(
+            "config.recon.remove_background is True, but rembg is not installed: `pip install rembg`, or set "
+            "it to False if the painter paints on white."
+        ) from error
     session = rembg.new_session()
 
     def remove(views):

@@ -204,7 +204,8 @@ def camera_disagreement(painter, sculptor, tolerance=1.0):
         )
     if (painter.elevation - sculptor.elevation).abs().max() > tolerance:
         problems.append(
-            f"elevations are {_degrees(painter.elevation)} for the painter, {_degrees(sculptor.elevation)} for the sculptor"
+            f"elevations are {_degrees(painter.elevation)} for the painter, "
+            f"{_degrees(sculptor.elevation)} for the sculptor"
         )
     if (painter.fov - sculptor.fov).abs().max() > tolerance:
         problems.append(

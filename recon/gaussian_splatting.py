@@ -78,11 +78,13 @@ class Gaussians:
 
     def __post_init__(self):
         batch = self.opacities.shape
-        for name, value, channels in zip(self.names(), self.tensors(), ((3,), (), (3,), (4,), (3,))):
+        for name, value, channels in zip(self.names(), self.tensors(), ((3,), (), (3,), (4,), (3,)), strict=True):
             if len(batch) != 2 or value.shape != batch + channels:
                 wanted = "(B, N)" if not channels else f"(B, N, {channels[0]})"
-                raise ValueError(f"Gaussians.{name} has shape {tuple(value.shape)} with opacities {tuple(batch)}; "
-                                 f"it must be {wanted} with opacities (B, N)")
+                raise ValueError(
+                    f"Gaussians.{name} has shape {tuple(value.shape)} with opacities {tuple(batch)}; "
+                    f"it must be {wanted} with opacities (B, N)"
+                )
 
     def __len__(self):
         return len(self.means)
@@ -131,10 +133,11 @@ def render_gaussians(gaussians, cameras, size, background=1.0, constants=INRIA):
 
 @torch.no_grad()
 def render_views(gaussians, cameras, size):
-    """What a sculptor of Gaussians shows of B scenes, as it was trained to: images (B, V, 3, size, size) in [0, 1] on white
-    and alpha (B, V, 1, size, size).
+    """What a sculptor of Gaussians shows of B scenes, as it was trained to: images (B, V, 3, size, size) in [0, 1] on
+    white and alpha (B, V, 1, size, size).
 
-    Without the culling of the code that it was trained with, so that CPU and CUDA show the same (see `SplatConstants`)."""
+    Without the culling of the code that it was trained with, so that CPU and CUDA show the same (see
+    `SplatConstants`)."""
     images, alpha, _ = render_gaussians(gaussians, cameras, size, constants=INRIA)
     return images.clamp(0, 1), alpha
 
@@ -147,19 +150,26 @@ def _check(gaussians, cameras, size, background):
     if background.shape not in ((), (3,)):
         raise ValueError(f"background has shape {tuple(background.shape)}; it must be a number or an RGB triple")
     views = tuple(cameras.c2w.shape[:-2])
-    if (len(views) not in (1, 2) or cameras.c2w.shape[-2:] != (4, 4) or cameras.fxfycxcy.shape != views + (4,)
-            or views[:-1] not in ((), (len(gaussians),))):
+    if (
+        len(views) not in (1, 2)
+        or cameras.c2w.shape[-2:] != (4, 4)
+        or cameras.fxfycxcy.shape != views + (4,)
+        or views[:-1] not in ((), (len(gaussians),))
+    ):
         raise ValueError(
             f"cameras have c2w {tuple(cameras.c2w.shape)} and fxfycxcy {tuple(cameras.fxfycxcy.shape)}; they must be "
-            f"(V, 4, 4) and (V, 4), or (B, V, 4, 4) and (B, V, 4) with B = {len(gaussians)} as the Gaussians have")
-    for name, value in zip(gaussians.names(), gaussians.tensors()):
+            f"(V, 4, 4) and (V, 4), or (B, V, 4, 4) and (B, V, 4) with B = {len(gaussians)} as the Gaussians have"
+        )
+    for name, value in zip(gaussians.names(), gaussians.tensors(), strict=True):
         if not value.isfinite().all():
             raise ValueError(f"Gaussians.{name} holds {(~value.isfinite()).sum()} values that are not finite")
     if not (cameras.c2w.isfinite().all() and cameras.fxfycxcy.isfinite().all()):
         raise ValueError("cameras hold values that are not finite")
     if (zero := (gaussians.quaternions.norm(dim=-1) == 0).sum()) > 0:
-        raise ValueError(f"{zero} of Gaussians.quaternions have length zero and stand for no rotation at all; "
-                         "(1, 0, 0, 0) leaves the axes as they are")
+        raise ValueError(
+            f"{zero} of Gaussians.quaternions have length zero and stand for no rotation at all; "
+            "(1, 0, 0, 0) leaves the axes as they are"
+        )
     return sides
 
 
@@ -171,16 +181,28 @@ def _render_gsplat(gaussians, cameras, height, width, constants):
     try:
         from gsplat import rasterization
     except ImportError as error:
-        raise ImportError("rendering Gaussians on CUDA needs the package gsplat, which is not installed: "
-                          "pip install gsplat==1.5.3, or move the Gaussians to the CPU") from error
+        raise ImportError(
+            "rendering Gaussians on CUDA needs the package gsplat, which is not installed: "
+            "pip install gsplat==1.5.3, or move the Gaussians to the CPU"
+        ) from error
     gaussians, cameras = gaussians.to(torch.float32), cameras.to(torch.float32)
     fx, fy, cx, cy = (cameras.fxfycxcy * cameras.fxfycxcy.new_tensor([width, height, width, height])).unbind(-1)
     zero, one = torch.zeros_like(fx), torch.ones_like(fx)
     intrinsics = torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).unflatten(-1, (3, 3))
     coloured, alpha, _ = rasterization(
-        gaussians.means, gaussians.quaternions, gaussians.scales, gaussians.opacities, gaussians.colours,
-        torch.linalg.inv(cameras.c2w), intrinsics, width, height, near_plane=constants.near, render_mode="RGB+D",
-        packed=False)
+        gaussians.means,
+        gaussians.quaternions,
+        gaussians.scales,
+        gaussians.opacities,
+        gaussians.colours,
+        torch.linalg.inv(cameras.c2w),
+        intrinsics,
+        width,
+        height,
+        near_plane=constants.near,
+        render_mode="RGB+D",
+        packed=False,
+    )
     return torch.cat([coloured, alpha], -1).movedim(-1, -3)
 
 
@@ -196,7 +218,7 @@ def _render_torch(gaussians, cameras, height, width, constants):
     for b in range(len(gaussians)):
         scene = [value[b] for value in gaussians.tensors()]
         for v in range(len(cameras)):
-            camera = Cameras(cameras.c2w[b, v:v + 1], cameras.fxfycxcy[b, v:v + 1])
+            camera = Cameras(cameras.c2w[b, v : v + 1], cameras.fxfycxcy[b, v : v + 1])
             splats, shades, first, last = _splats(*scene, camera, height, width, constants)
             images.append(_blend_image(splats.to(dtype), shades.to(dtype), first, last, height, width, constants))
     return torch.stack(images).unflatten(0, (len(gaussians), len(cameras)))
@@ -215,7 +237,8 @@ def _splats(means, opacities, scales, quaternions, colours, camera, height, widt
         seen = ((depth > constants.near) & (opacities >= ALPHA_MIN)).nonzero()[:, 0]
         seen = seen[depth[seen].float().argsort(stable=True)]
     means, opacities, scales, quaternions, colours = (
-        value.index_select(0, seen) for value in (means, opacities, scales, quaternions, colours))
+        value.index_select(0, seen) for value in (means, opacities, scales, quaternions, colours)
+    )
     points, depth = (value[0] for value in project(means, camera))
     size = points.new_tensor([width, height])
     focal, centre = camera.fxfycxcy[0, :2], camera.fxfycxcy[0, 2:]
@@ -243,10 +266,20 @@ def _splats(means, opacities, scales, quaternions, colours, camera, height, widt
 def _rotations(q):
     """Quaternions (..., 4) as (w, x, y, z) -> rotation matrices (..., 3, 3) if they are unit."""
     w, x, y, z = q.unbind(-1)
-    return torch.stack([
-        1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
-        2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
-        2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)], -1).unflatten(-1, (3, 3))
+    return torch.stack(
+        [
+            1 - 2 * (y * y + z * z),
+            2 * (x * y - w * z),
+            2 * (x * z + w * y),
+            2 * (x * y + w * z),
+            1 - 2 * (x * x + z * z),
+            2 * (y * z - w * x),
+            2 * (x * z - w * y),
+            2 * (y * z + w * x),
+            1 - 2 * (x * x + y * y),
+        ],
+        -1,
+    ).unflatten(-1, (3, 3))
 
 
 @torch.no_grad()
@@ -279,9 +312,10 @@ def _blend_image(splats, shades, first, last, height, width, constants):
         clear = light.detach().amax(1) > constants.stop
         members, counts = _tile_lists(part, first, last, clear, columns)
         starts = counts.cumsum(0) - counts
-        for tiles in counts.argsort(descending=True)[:counts.count_nonzero()].split(TILE_BLOCK):  # of similar length
+        for tiles in counts.argsort(descending=True)[: counts.count_nonzero()].split(TILE_BLOCK):  # of similar length
             light[tiles], seen = _blend_tiles(
-                splats, shades, members, starts[tiles], counts[tiles], corners[tiles], light[tiles], constants)
+                splats, shades, members, starts[tiles], counts[tiles], corners[tiles], light[tiles], constants
+            )
             canvas[tiles] += seen
     image = canvas.reshape(rows, columns, 5, TILE, TILE).permute(2, 0, 3, 1, 4)
     return image.reshape(5, rows * TILE, columns * TILE)[:, :height, :width]
@@ -325,8 +359,7 @@ def _blend(splats, shades, member, missing, corners, light, alpha_max, stop):
     """Blend the Gaussians `member` (t, K), without the `missing` (t, K), into the `light` (t, P) of tiles with upper
     left `corners` (t, 2). Returns what is left of the light, at most `stop` once a Gaussian was left out for that, and
     what is seen (t, 5, P)."""
-    splats, shades = (
-        value.index_select(0, member.flatten()).unflatten(0, member.shape) for value in (splats, shades))
+    splats, shades = (value.index_select(0, member.flatten()).unflatten(0, member.shape) for value in (splats, shades))
     x, y, slope, narrow, tall, log_opacity = splats.unbind(-1)
     pixel = torch.arange(TILE, device=light.device, dtype=light.dtype) + 0.5
     dy = pixel - (y - corners[:, 1:])[..., None]  # t, K, rows

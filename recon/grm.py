@@ -67,16 +67,32 @@ class VisualParams:
             _require(getattr(self, name) >= 1, name, getattr(self, name), "be at least 1")
         _require(self.num_input_views == VIEWS, "num_input_views", self.num_input_views, f"be {VIEWS}")
         _require(self.width > 0 and self.width % HEAD_WIDTH == 0, "width", self.width, f"be a multiple of {HEAD_WIDTH}")
-        _require(self.patch_size % 2**self.decoder_ratio == 0, "decoder_ratio", self.decoder_ratio,
-                 f"halve patch_size = {self.patch_size} to a whole number")
-        _require(self.input_res % (self.shrink * self.patch_size) == 0, "input_res", self.input_res,
-                 f"be a multiple of {self.shrink * self.patch_size} pixels")
-        _require(self.scaling_activation_type in SCALES, "scaling_activation_type", self.scaling_activation_type,
-                 f"be one of {', '.join(SCALES)}")
+        _require(
+            self.patch_size % 2**self.decoder_ratio == 0,
+            "decoder_ratio",
+            self.decoder_ratio,
+            f"halve patch_size = {self.patch_size} to a whole number",
+        )
+        _require(
+            self.input_res % (self.shrink * self.patch_size) == 0,
+            "input_res",
+            self.input_res,
+            f"be a multiple of {self.shrink * self.patch_size} pixels",
+        )
+        _require(
+            self.scaling_activation_type in SCALES,
+            "scaling_activation_type",
+            self.scaling_activation_type,
+            f"be one of {', '.join(SCALES)}",
+        )
         for name, tokens in (("bwindow_size", self.tokens), ("window_size", 4 * self.tokens)):
             window = getattr(self, name)
-            _require(window is None or window >= 1 and tokens % window == 0, name, window,
-                     f"be null or divide the sequence of {tokens} tokens")
+            _require(
+                window is None or window >= 1 and tokens % window == 0,
+                name,
+                window,
+                f"be null or divide the sequence of {tokens} tokens",
+            )
 
     @property
     def shrink(self):
@@ -99,8 +115,12 @@ class RenderParams:
     sh_degree: int = 0
 
     def __post_init__(self):
-        _require(self.scaling_activation_type in SCALES, "render scaling_activation_type", self.scaling_activation_type,
-                 f"be one of {', '.join(SCALES)}")
+        _require(
+            self.scaling_activation_type in SCALES,
+            "render scaling_activation_type",
+            self.scaling_activation_type,
+            f"be one of {', '.join(SCALES)}",
+        )
         _require(self.sh_degree == 0, "render sh_degree", self.sh_degree, "be 0, since its colours are plain RGB")
 
 
@@ -252,12 +272,15 @@ class GRM(nn.Module):
         B, size, visual = len(images), self.input_size, self.visual
         shapes = {
             "images": (images, (B, VIEWS, visual.in_channels, size, size)),
-            "c2w": (c2w, (B, VIEWS, 4, 4)), "fxfycxcy": (fxfycxcy, (B, VIEWS, 4)),
+            "c2w": (c2w, (B, VIEWS, 4, 4)),
+            "fxfycxcy": (fxfycxcy, (B, VIEWS, 4)),
         }
         for name, (tensor, shape) in shapes.items():
             if tensor.shape != shape:
-                raise ValueError(f"GRM was given {name} of shape {tuple(tensor.shape)} and takes {shape}: resize the "
-                                 f"views to its input_size and give one camera for each.")
+                raise ValueError(
+                    f"GRM was given {name} of shape {tuple(tensor.shape)} and takes {shape}: resize the "
+                    f"views to its input_size and give one camera for each."
+                )
         cameras = Cameras(c2w.float(), fxfycxcy.float())
         images = images.float()
         if visual.half_res_input:
@@ -270,8 +293,12 @@ class GRM(nn.Module):
         # no offset at all, unlike Pluecker's: corner pixels are the corners of the image, the axis passes its middle
         xyz = position[..., None, :] + depth * grid_directions(cameras, torch.linspace(0, 1, size, device=depth.device))
         return {
-            **raw, "plucker": plucker, "tokens": tokens.float(), "depth": depth.reshape(B, VIEWS, size, size),
-            "xyz": xyz.flatten(1, 2), "scaling": self._clip_scales(raw["scaling"]),
+            **raw,
+            "plucker": plucker,
+            "tokens": tokens.float(),
+            "depth": depth.reshape(B, VIEWS, size, size),
+            "xyz": xyz.flatten(1, 2),
+            "scaling": self._clip_scales(raw["scaling"]),
             "opacity": raw["opacity"] - 2,  # an untrained network's Gaussians are nearly transparent
         }
 
@@ -313,16 +340,23 @@ class GRM(nn.Module):
         cameras = cameras.expand(len(views)) if cameras.c2w.ndim == 3 else cameras
         raw = self.encode(2 * views - 1, cameras.c2w, cameras.fxfycxcy)
         inside = (raw["xyz"].abs() < 1).all(-1, keepdim=True)
-        return torch.cat([
-            raw["xyz"], raw["opacity"].sigmoid() * inside,
-            SCALES[self.render_params.scaling_activation_type](raw["scaling"], self.render_params),
-            F.normalize(raw["rotation"], dim=-1), raw["feature"].sigmoid()], -1)
+        return torch.cat(
+            [
+                raw["xyz"],
+                raw["opacity"].sigmoid() * inside,
+                SCALES[self.render_params.scaling_activation_type](raw["scaling"], self.render_params),
+                F.normalize(raw["rotation"], dim=-1),
+                raw["feature"].sigmoid(),
+            ],
+            -1,
+        )
 
     @torch.no_grad()
     def reconstruct(self, views, cameras):
         """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size -> Gaussians of B scenes."""
         return Gaussians.from_packed(
-            torch.cat([self.gaussians(part, cameras) for part in views.split(RECONSTRUCT_BATCH)]))
+            torch.cat([self.gaussians(part, cameras) for part in views.split(RECONSTRUCT_BATCH)])
+        )
 
     def render(self, scene, cameras, size):
         """Pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size, size)."""
@@ -346,12 +380,15 @@ class GRM(nn.Module):
             with torch.device("meta"):
                 model = cls(render=config["render"], **config["visual"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{source} has no complete configuration of a GRM ({error}): make it anew with "
-                             f"{CONVERTER}.") from error
+            raise ValueError(
+                f"{source} has no complete configuration of a GRM ({error}): make it anew with {CONVERTER}."
+            ) from error
         found = differences(weights, {key: value.shape for key, value in model.state_dict().items()})
         if found:
-            raise ValueError(f"{source} does not hold the weights of the GRM that its configuration describes: "
-                             f"{found}; give a complete published GRM with its own configuration.")
+            raise ValueError(
+                f"{source} does not hold the weights of the GRM that its configuration describes: "
+                f"{found}; give a complete published GRM with its own configuration."
+            )
         model.load_state_dict(weights, assign=True)
         return model
 
@@ -362,12 +399,15 @@ class GRM(nn.Module):
         Raises FileNotFoundError or ValueError with one sentence."""
         folder, source = Path(folder), f"recon.checkpoint = {str(folder)!r}"
         if folder.is_file():
-            raise ValueError(f"{source} is a file, and GRM is read from a folder: convert it once with "
-                             f"`python -m recon.grm_checkpoint {folder} OUT` and give OUT.")
+            raise ValueError(
+                f"{source} is a file, and GRM is read from a folder: convert it once with "
+                f"`python -m recon.grm_checkpoint {folder} OUT` and give OUT."
+            )
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{source} has no {name}: give the folder that {CONVERTER} makes of a published GRM.")
+                    f"{source} has no {name}: give the folder that {CONVERTER} makes of a published GRM."
+                )
         try:
             config = json.loads((folder / "config.json").read_text())
         except json.JSONDecodeError as error:

@@ -42,8 +42,10 @@ def read_checkpoint(file):
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(f"{file} could not be read ({reason}): download it again, completely.") from error
-    raise ValueError(f"{file} was refused and nothing of it run, because it holds {', '.join(foreign[:3])} beside "
-                     f"tensors, plain containers and EasyDicts: {PUBLISHED}.")
+    raise ValueError(
+        f"{file} was refused and nothing of it run, because it holds {', '.join(foreign[:3])} beside "
+        f"tensors, plain containers and EasyDicts: {PUBLISHED}."
+    )
 
 
 def _params(config, part, known, file):

@@ -13,14 +13,26 @@ from recon.gaussian_splatting import Gaussians, render_views
 
 OPTIONS = {
     "big": dict(
-        down_channels=(64, 128, 256, 512, 1024, 1024), down_attention=(False, False, False, True, True, True),
-        up_channels=(1024, 1024, 512, 256, 128), up_attention=(True, True, True, False, False), splat_size=128),
+        down_channels=(64, 128, 256, 512, 1024, 1024),
+        down_attention=(False, False, False, True, True, True),
+        up_channels=(1024, 1024, 512, 256, 128),
+        up_attention=(True, True, True, False, False),
+        splat_size=128,
+    ),
     "small": dict(
-        down_channels=(64, 128, 256, 512, 1024, 1024), down_attention=(False, False, False, True, True, True),
-        up_channels=(1024, 1024, 512, 256), up_attention=(True, True, True, False), splat_size=64),
+        down_channels=(64, 128, 256, 512, 1024, 1024),
+        down_attention=(False, False, False, True, True, True),
+        up_channels=(1024, 1024, 512, 256),
+        up_attention=(True, True, True, False),
+        splat_size=64,
+    ),
     "tiny": dict(
-        down_channels=(32, 64, 128, 256, 512), down_attention=(False, False, False, False, True),
-        up_channels=(512, 256, 128), up_attention=(True, False, False), splat_size=64),
+        down_channels=(32, 64, 128, 256, 512),
+        down_attention=(False, False, False, False, True),
+        up_channels=(512, 256, 128),
+        up_attention=(True, False, False),
+        splat_size=64,
+    ),
 }
 PUBLISHED = "model_fp16_fixrot.safetensors"
 PUBLISHED_SHA256 = "744d6324656342c64f871308e73db97f0eb51858d94329b30090e986a6d050ab"
@@ -84,7 +96,7 @@ class DownBlock(nn.Module):
 
     def forward(self, x):
         outputs = []
-        for net, attn in zip(self.nets, self.attns):
+        for net, attn in zip(self.nets, self.attns, strict=True):
             x = net(x) if attn is None else attn(net(x))
             outputs.append(x)
         if self.downsample is not None:
@@ -107,14 +119,18 @@ class MidBlock(nn.Module):
 class UpBlock(nn.Module):
     def __init__(self, channels_in, channels_skip, channels_out, attention, upsample):
         super().__init__()
-        self.nets = nn.ModuleList([
-            ResBlock(channels_in + channels_out, channels_out), ResBlock(2 * channels_out, channels_out),
-            ResBlock(channels_out + channels_skip, channels_out)])
+        self.nets = nn.ModuleList(
+            [
+                ResBlock(channels_in + channels_out, channels_out),
+                ResBlock(2 * channels_out, channels_out),
+                ResBlock(channels_out + channels_skip, channels_out),
+            ]
+        )
         self.attns = attentions(channels_out, 3, attention)
         self.upsample = nn.Conv2d(channels_out, channels_out, 3, padding=1) if upsample else None
 
     def forward(self, x, skips):
-        for net, attn in zip(self.nets, self.attns):
+        for net, attn in zip(self.nets, self.attns, strict=True):
             x = net(torch.cat([x, skips.pop()], 1))
             x = x if attn is None else attn(x)
         return x if self.upsample is None else self.upsample(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -129,13 +145,15 @@ class UNet(nn.Module):
         widths = (down_channels[0], *down_channels)
         last = len(down_channels) - 1
         self.down_blocks = nn.ModuleList(
-            DownBlock(widths[i], widths[i + 1], down_attention[i], i < last) for i in range(last + 1))
+            DownBlock(widths[i], widths[i + 1], down_attention[i], i < last) for i in range(last + 1)
+        )
         self.mid_block = MidBlock(down_channels[-1], mid_attention)
         below = (down_channels[-1], *up_channels)
         skips = [*reversed(down_channels[:-1]), down_channels[0]]  # what the block one level up put aside
         self.up_blocks = nn.ModuleList(
             UpBlock(below[i], skips[i], width, up_attention[i], i < len(up_channels) - 1)
-            for i, width in enumerate(up_channels))
+            for i, width in enumerate(up_channels)
+        )
         self.norm_out = nn.GroupNorm(32, up_channels[-1])
         self.conv_out = nn.Conv2d(up_channels[-1], 14, 3, padding=1)
 
@@ -157,9 +175,16 @@ class LGM(nn.Module):
 
     num_views = VIEWS
 
-    def __init__(self, input_size=256, mid_attention=True, splat_size=128, down_channels=OPTIONS["big"]["down_channels"],
-                 down_attention=OPTIONS["big"]["down_attention"], up_channels=OPTIONS["big"]["up_channels"],
-                 up_attention=OPTIONS["big"]["up_attention"]):
+    def __init__(
+        self,
+        input_size=256,
+        mid_attention=True,
+        splat_size=128,
+        down_channels=OPTIONS["big"]["down_channels"],
+        down_attention=OPTIONS["big"]["down_attention"],
+        up_channels=OPTIONS["big"]["up_channels"],
+        up_attention=OPTIONS["big"]["up_attention"],
+    ):
         super().__init__()
         self.input_size, self.splat_size = input_size, splat_size
         self.unet = UNet(down_channels, down_attention, mid_attention, up_channels, up_attention)
@@ -176,20 +201,30 @@ class LGM(nn.Module):
         return self.input_cameras().to(self.conv.weight.device)
 
     def gaussians(self, x):
-        """x (B, 4, 9, H, W): normalised colours and Pluecker coordinates -> activated Gaussians (B, N, 14) in LGM's axes,
-        N = 4 splat_size^2, view by view, row by row: position, opacity, scale, quaternion (w, x, y, z), colour."""
+        """x (B, 4, 9, H, W): normalised colours and Pluecker coordinates -> activated Gaussians (B, N, 14) in LGM's
+        axes, N = 4 splat_size^2, view by view, row by row: position, opacity, scale, quaternion (w, x, y, z),
+        colour."""
         raw = self.conv(self.unet(x.flatten(0, 1)))
         raw = raw.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2).flatten(1, 3).float()
-        return torch.cat([
-            raw[..., :3].clamp(-1, 1), raw[..., 3:4].sigmoid(), 0.1 * F.softplus(raw[..., 4:7]),
-            F.normalize(raw[..., 7:11], dim=-1), 0.5 * raw[..., 11:].tanh() + 0.5], -1)
+        return torch.cat(
+            [
+                raw[..., :3].clamp(-1, 1),
+                raw[..., 3:4].sigmoid(),
+                0.1 * F.softplus(raw[..., 4:7]),
+                F.normalize(raw[..., 7:11], dim=-1),
+                0.5 * raw[..., 11:].tanh() + 0.5,
+            ],
+            -1,
+        )
 
     def network_input(self, views, cameras):
-        """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size, cameras of 4 (or (B, 4)) views -> x (B, 4, 9, S, S) of
-        `gaussians`. Raises ValueError for other shapes."""
+        """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size, cameras of 4 (or (B, 4)) views -> x (B, 4, 9, S, S)
+        of `gaussians`. Raises ValueError for other shapes."""
         if views.shape[1:] != (VIEWS, 3, self.input_size, self.input_size):
-            raise ValueError(f"LGM was given views of shape {tuple(views.shape)} and takes (B, {VIEWS}, 3, {self.input_size}, "
-                             f"{self.input_size}): resize the views to its input_size and give all four.")
+            raise ValueError(
+                f"LGM was given views of shape {tuple(views.shape)} and takes (B, {VIEWS}, 3, {self.input_size}, "
+                f"{self.input_size}): resize the views to its input_size and give all four."
+            )
         mean, std = (views.new_tensor(values)[:, None, None] for values in (COLOUR_MEAN, COLOUR_STD))
         pluecker = lgm_pluecker(cameras, views.shape[-1])
         return torch.cat([(views - mean) / std, pluecker.expand(len(views), -1, -1, -1, -1)], 2)
@@ -220,8 +255,10 @@ class LGM(nn.Module):
             with open(file, "rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
             if found != PUBLISHED_SHA256:
-                raise ValueError(f"recon.checkpoint = {str(checkpoint)!r}: {PUBLISHED} has the sha256 {found}, but the published "
-                                 f"file has {PUBLISHED_SHA256}; download it again, or rename the file if it is your own.")
+                raise ValueError(
+                    f"recon.checkpoint = {str(checkpoint)!r}: {PUBLISHED} has the sha256 {found}, but the published "
+                    f"file has {PUBLISHED_SHA256}; download it again, or rename the file if it is your own."
+                )
         weights = read_weights(file)
         problems = {}
         for name, options in OPTIONS.items():
@@ -231,5 +268,7 @@ class LGM(nn.Module):
             if not problems[name]:
                 model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
                 return model.eval()
-        raise ValueError(f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)} (for 'big': "
-                         f"{problems['big']}): give the public {PUBLISHED}.")
+        raise ValueError(
+            f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)} (for 'big': "
+            f"{problems['big']}): give the public {PUBLISHED}."
+        )

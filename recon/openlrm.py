@@ -31,17 +31,39 @@ ENCODERS = {  # the patch size is 14, the positions are those of images of 518 x
     "dinov2_vitb14_reg": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
 }
 SHARED = dict(
-    camera_embed_dim=1024, triplane_low_res=32, triplane_high_res=64, encoder_type="dinov2", encoder_freeze=False)
+    camera_embed_dim=1024, triplane_low_res=32, triplane_high_res=64, encoder_type="dinov2", encoder_freeze=False
+)
 OPTIONS = {  # the config.json of openlrm-obj-*-1.1 and openlrm-mix-*-1.1
     "small": dict(
-        SHARED, transformer_layers=12, transformer_dim=512, transformer_heads=8, triplane_dim=32,
-        encoder_model_name="dinov2_vits14_reg", encoder_feat_dim=384, rendering_samples_per_ray=96),
+        SHARED,
+        transformer_layers=12,
+        transformer_dim=512,
+        transformer_heads=8,
+        triplane_dim=32,
+        encoder_model_name="dinov2_vits14_reg",
+        encoder_feat_dim=384,
+        rendering_samples_per_ray=96,
+    ),
     "base": dict(
-        SHARED, transformer_layers=12, transformer_dim=768, transformer_heads=12, triplane_dim=48,
-        encoder_model_name="dinov2_vitb14_reg", encoder_feat_dim=768, rendering_samples_per_ray=96),
+        SHARED,
+        transformer_layers=12,
+        transformer_dim=768,
+        transformer_heads=12,
+        triplane_dim=48,
+        encoder_model_name="dinov2_vitb14_reg",
+        encoder_feat_dim=768,
+        rendering_samples_per_ray=96,
+    ),
     "large": dict(
-        SHARED, transformer_layers=16, transformer_dim=1024, transformer_heads=16, triplane_dim=80,
-        encoder_model_name="dinov2_vitb14_reg", encoder_feat_dim=768, rendering_samples_per_ray=128),
+        SHARED,
+        transformer_layers=16,
+        transformer_dim=1024,
+        transformer_heads=16,
+        triplane_dim=80,
+        encoder_model_name="dinov2_vitb14_reg",
+        encoder_feat_dim=768,
+        rendering_samples_per_ray=128,
+    ),
 }
 INPUT_SIZES = {512: 224, 768: 336, 1024: 448}  # pixels, by transformer_dim: no published config.json says it
 RECONSTRUCT_BATCH = 8  # views reconstructed at a time: bounds the memory
@@ -70,7 +92,8 @@ class Block(nn.Module):
         super().__init__()
         self.norm1 = ModulatedNorm(width, condition)
         self.cross_attn = nn.MultiheadAttention(
-            width, heads, bias=False, kdim=features, vdim=features, batch_first=True)
+            width, heads, bias=False, kdim=features, vdim=features, batch_first=True
+        )
         self.norm2 = ModulatedNorm(width, condition)
         self.self_attn = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
         self.norm3 = ModulatedNorm(width, condition)
@@ -127,33 +150,57 @@ class OpenLRM(nn.Module):
 
     num_views = 4
 
-    def __init__(self, camera_embed_dim, transformer_dim, transformer_layers, transformer_heads, triplane_low_res,
-                 triplane_high_res, triplane_dim, encoder_feat_dim, encoder_model_name, rendering_samples_per_ray,
-                 encoder_type="dinov2", encoder_freeze=False, input_size=None, encoder_overrides=None):
+    def __init__(
+        self,
+        camera_embed_dim,
+        transformer_dim,
+        transformer_layers,
+        transformer_heads,
+        triplane_low_res,
+        triplane_high_res,
+        triplane_dim,
+        encoder_feat_dim,
+        encoder_model_name,
+        rendering_samples_per_ray,
+        encoder_type="dinov2",
+        encoder_freeze=False,
+        input_size=None,
+        encoder_overrides=None,
+    ):
         super().__init__()
         if encoder_type != "dinov2" or encoder_model_name not in ENCODERS:
-            raise ValueError(f"OpenLRM's encoder is {encoder_type!r} / {encoder_model_name!r}, but only 'dinov2' / "
-                             f"{', '.join(map(repr, ENCODERS))} are known: give a model of version 1.1.")
+            raise ValueError(
+                f"OpenLRM's encoder is {encoder_type!r} / {encoder_model_name!r}, but only 'dinov2' / "
+                f"{', '.join(map(repr, ENCODERS))} are known: give a model of version 1.1."
+            )
         if triplane_high_res != 2 * triplane_low_res:
-            raise ValueError(f"OpenLRM's triplane_high_res = {triplane_high_res} must be twice triplane_low_res = "
-                             f"{triplane_low_res}.")
+            raise ValueError(
+                f"OpenLRM's triplane_high_res = {triplane_high_res} must be twice triplane_low_res = "
+                f"{triplane_low_res}."
+            )
         if input_size is None and transformer_dim not in INPUT_SIZES:
-            raise ValueError(f"OpenLRM's input_size is known for transformer_dim {list(INPUT_SIZES)} but not for "
-                             f"{transformer_dim}: give input_size.")
+            raise ValueError(
+                f"OpenLRM's input_size is known for transformer_dim {list(INPUT_SIZES)} but not for "
+                f"{transformer_dim}: give input_size."
+            )
         encoder = {**ENCODERS[encoder_model_name], "image_size": 518, "patch_size": 14, **(encoder_overrides or {})}
         if encoder["hidden_size"] != encoder_feat_dim:
-            raise ValueError(f"OpenLRM's encoder_feat_dim = {encoder_feat_dim} must be the width of its encoder, "
-                             f"{encoder['hidden_size']}.")
+            raise ValueError(
+                f"OpenLRM's encoder_feat_dim = {encoder_feat_dim} must be the width of its encoder, "
+                f"{encoder['hidden_size']}."
+            )
         self.input_size = input_size or INPUT_SIZES[transformer_dim]
         self.side, self.samples = triplane_low_res, rendering_samples_per_ray
         self.input_views, self.chunk_size = self.num_views, 65536
         self.encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**encoder))
         self.encoder.embeddings.mask_token = None  # of pretraining only
         self.camera_embedder = nn.Sequential(
-            nn.Linear(CAMERA_NUMBERS, camera_embed_dim), nn.SiLU(), nn.Linear(camera_embed_dim, camera_embed_dim))
+            nn.Linear(CAMERA_NUMBERS, camera_embed_dim), nn.SiLU(), nn.Linear(camera_embed_dim, camera_embed_dim)
+        )
         self.pos_embed = nn.Parameter(torch.randn(1, 3 * self.side**2, transformer_dim) / math.sqrt(transformer_dim))
         self.transformer = Transformer(
-            transformer_layers, transformer_dim, transformer_heads, encoder_feat_dim, camera_embed_dim)
+            transformer_layers, transformer_dim, transformer_heads, encoder_feat_dim, camera_embed_dim
+        )
         self.upsampler = nn.ConvTranspose2d(transformer_dim, triplane_dim, 2, stride=2)
         self.decoder = TriplaneDecoder(3 * triplane_dim)
 
@@ -204,9 +251,18 @@ class OpenLRM(nn.Module):
         `volume_rendering.render_rays`, with u from 0 to 1 where None."""
         half = self.samples // 2
         return render_rays(
-            self.field(planes), origins, directions, half, half if fine else 0, jitter,
-            torch.linspace(0, 1, half, device=planes.device) if u is None else u, bins=half - 1,
-            resample=blurred_importance_depths, activation=self.decoder.density, background=background)
+            self.field(planes),
+            origins,
+            directions,
+            half,
+            half if fine else 0,
+            jitter,
+            torch.linspace(0, 1, half, device=planes.device) if u is None else u,
+            bins=half - 1,
+            resample=blurred_importance_depths,
+            activation=self.decoder.density,
+            background=background,
+        )
 
     def set_dtype(self, dtype):
         """Arithmetic of encoder and transformer; decoder, geometry and compositing stay in float32."""
@@ -229,7 +285,7 @@ class OpenLRM(nn.Module):
         one_by_one = Cameras(cameras.c2w.flatten(0, 1)[:, None], cameras.fxfycxcy.flatten(0, 1)[:, None])
         vectors = openlrm_source_vectors(openlrm_canonical_cameras(one_by_one, one_by_one))[:, 0]
         images = resize_input(views[:, :K].flatten(0, 1).float(), self.input_size)
-        parts = zip(images.split(RECONSTRUCT_BATCH), vectors.split(RECONSTRUCT_BATCH))
+        parts = zip(images.split(RECONSTRUCT_BATCH), vectors.split(RECONSTRUCT_BATCH), strict=True)
         planes = torch.cat([self.planes(*part).float() for part in parts])
         return SingleViewScenes(planes.unflatten(0, (B, K)), cameras)
 
@@ -241,11 +297,15 @@ class OpenLRM(nn.Module):
         cameras = (cameras.expand(B) if cameras.c2w.ndim == 3 else cameras).to(scene.planes.device)
         seen = openlrm_canonical_cameras(
             Cameras(cameras.c2w[:, None], cameras.fxfycxcy[:, None]),
-            Cameras(scene.sources.c2w[:, :, None], scene.sources.fxfycxcy[:, :, None]))
+            Cameras(scene.sources.c2w[:, :, None], scene.sources.fxfycxcy[:, :, None]),
+        )
         pictures = [
-            self._pictures(planes, Cameras(c2w, fxfycxcy), size) for planes, c2w, fxfycxcy in
-            zip(scene.planes.flatten(0, 1), seen.c2w.flatten(0, 1), seen.fxfycxcy.flatten(0, 1))]
-        return tuple(torch.stack(values).unflatten(0, (B, K)) for values in zip(*pictures))
+            self._pictures(planes, Cameras(c2w, fxfycxcy), size)
+            for planes, c2w, fxfycxcy in zip(
+                scene.planes.flatten(0, 1), seen.c2w.flatten(0, 1), seen.fxfycxcy.flatten(0, 1), strict=True
+            )
+        ]
+        return tuple(torch.stack(values).unflatten(0, (B, K)) for values in zip(*pictures, strict=True))
 
     def _pictures(self, planes, cameras, size):
         def render(origins, directions):
@@ -260,15 +320,19 @@ class OpenLRM(nn.Module):
 
         Raises FileNotFoundError or ValueError with one sentence."""
         folder = Path(path).parent if Path(path).suffix == ".safetensors" else path
-        remedy = "as recon.checkpoint the complete folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1"
+        remedy = (
+            "as recon.checkpoint the complete folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1"
+        )
         config_file, weights = find_file(folder, "config.json", remedy), find_file(path, "model.safetensors", remedy)
         try:
             config = json.loads(config_file.read_text())
             with torch.device("meta"):
                 model = cls(**config)
         except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(f"{config_file} is not the configuration of an OpenLRM v1.1 ({error}): give "
-                             f"the one that was published with the weights.") from error
+            raise ValueError(
+                f"{config_file} is not the configuration of an OpenLRM v1.1 ({error}): give "
+                f"the one that was published with the weights."
+            ) from error
         model.load_state_dict(convert_openlrm(read_weights(weights), model), assign=True)
         return model.eval()
 

@@ -42,8 +42,12 @@ def convert_openlrm(state_dict, model):
     """Published weights {key: tensor} as a float32 state dict of `model`, which may be on the meta device.
 
     Raises ValueError that lists what is missing, unknown or of another shape."""
-    check_weights(state_dict, published_shapes(model), "this OpenLRM",
-                  "the model.safetensors that was published together with its config.json (OpenLRM v1.1)")
+    check_weights(
+        state_dict,
+        published_shapes(model),
+        "this OpenLRM",
+        "the model.safetensors that was published together with its config.json (OpenLRM v1.1)",
+    )
     converted = {}
     for name in model.state_dict():
         value, part = state_dict[published_name(name)], _stacked(name)

@@ -30,8 +30,9 @@ def load_views(files, count):
 
     count: how many the sculptor wants. Raises ValueError or FileNotFoundError."""
     if len(files) != count:
-        raise ValueError(f"--images names {len(files)} pictures, but the sculptor wants {count}: give one for each of its "
-                         f"cameras.")
+        raise ValueError(
+            f"--images names {len(files)} pictures, but the sculptor wants {count}: give one for each of its cameras."
+        )
     views = []
     for file in files:
         try:
@@ -39,10 +40,14 @@ def load_views(files, count):
         except UnidentifiedImageError:
             raise ValueError(f"--images: {file} is not a picture that can be read; give PNG or JPEG files.") from None
         if picture.width != picture.height:
-            raise ValueError(f"--images: {file} is {picture.width}x{picture.height}, which is not square: crop or pad it.")
+            raise ValueError(
+                f"--images: {file} is {picture.width}x{picture.height}, which is not square: crop or pad it."
+            )
         if views and len(views[0]) != picture.height:
-            raise ValueError(f"--images: {file} is {picture.width} pixels wide and {files[0]} is {len(views[0])}: give pictures "
-                             f"of one size.")
+            raise ValueError(
+                f"--images: {file} is {picture.width} pixels wide and {files[0]} is {len(views[0])}: give pictures "
+                f"of one size."
+            )
         views.append(np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))[..., :3])
     return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)[None] / 255
 

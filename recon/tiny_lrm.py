@@ -47,9 +47,9 @@ class ResBlock(nn.Module):
 
 
 class TinyLRM(nn.Module):
-    """width: channels of the image features; volume: cells per side that they are lifted to, with `voxel_channels` each;
-    plane_width: channels while the planes are refined; plane_channels: of the finished planes, which have 2 * volume cells
-    per side; hidden, layers: of the decoder's MLP."""
+    """width: channels of the image features; volume: cells per side that they are lifted to, with `voxel_channels`
+    each; plane_width: channels while the planes are refined; plane_channels: of the finished planes, which have 2 *
+    volume cells per side; hidden, layers: of the decoder's MLP."""
 
     num_views = 4
     input_size = 64
@@ -126,7 +126,7 @@ class TinyLRM(nn.Module):
             volume.permute(0, 4, 2, 1, 3).flatten(1, 2),  # plane (x, z): rows are z, y joins
             volume.permute(0, 4, 3, 2, 1).flatten(1, 2),  # plane (z, y): rows are y, columns z, x joins
         )
-        planes = torch.stack([fold(part) for fold, part in zip(self.fold, folded)], 1)
+        planes = torch.stack([fold(part) for fold, part in zip(self.fold, folded, strict=True)], 1)
         return self.refine(planes.flatten(0, 1)).unflatten(0, (B, 3))
 
     def field(self, planes):
@@ -146,7 +146,8 @@ class TinyLRM(nn.Module):
 
     @torch.no_grad()
     def render(self, scene, cameras, size):
-        """Deterministic pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size, size)."""
+        """Deterministic pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size,
+        size)."""
         B = len(scene)
         cameras = cameras.expand(B) if cameras.c2w.ndim == 3 else cameras
         images, alpha = [], []
@@ -172,7 +173,8 @@ class TinyLRM(nn.Module):
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"recon.checkpoint = {str(folder)!r} has no {name}; remake it with `python -m tiny.train_lrm` or correct the path."
+                    f"recon.checkpoint = {str(folder)!r} has no {name}; remake it with "
+                    f"`python -m tiny.train_lrm` or correct the path."
                 )
         model = cls(**json.loads((folder / "config.json").read_text()))
         model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})

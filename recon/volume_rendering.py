@@ -6,6 +6,7 @@ ends: alpha_i = 1 - exp(-sigma_i (t_{i+1} - t_i)), T_i = prod_{j<i} (1 - alpha_j
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -42,7 +43,7 @@ class TriplaneDecoder(nn.Module):
     def __init__(self, in_features, hidden=64, layers=4):
         super().__init__()
         sizes = [in_features] + [hidden] * (layers - 1)
-        blocks = [block for a, b in zip(sizes, sizes[1:]) for block in (nn.Linear(a, b), nn.ReLU())]
+        blocks = [block for a, b in pairwise(sizes) for block in (nn.Linear(a, b), nn.ReLU())]
         self.net = nn.Sequential(*blocks, nn.Linear(hidden, 4))
 
     def forward(self, features):
@@ -66,7 +67,7 @@ def triplane_field(planes, decode, block):
 
     def evaluate(points):
         parts = [decode(sample_planes(planes, part)) for part in points.split(block, dim=1)]
-        return tuple(torch.cat(values, 1) for values in zip(*parts))
+        return tuple(torch.cat(values, 1) for values in zip(*parts, strict=True))
 
     return evaluate
 
@@ -127,8 +128,19 @@ def blurred_importance_depths(depths, weights, samples, u):
     return importance_depths(middles[..., :-1], (pairs[..., 1:] + pairs[..., :-1]) / 2, samples, u, floor=0.01 + 1e-5)
 
 
-def render_rays(field, origins, directions, coarse, fine, jitter=0.5, u=None, bins=None, resample=importance_depths,
-                activation=None, background=1.0):
+def render_rays(
+    field,
+    origins,
+    directions,
+    coarse,
+    fine,
+    jitter=0.5,
+    u=None,
+    bins=None,
+    resample=importance_depths,
+    activation=None,
+    background=1.0,
+):
     """Coarse-to-fine rendering of every ray: field(points (B, P, 3)) -> density (B, P), colour (B, P, 3);
     origins, directions (B, R, 3). jitter: number or (B, R, coarse); u: None (evenly spaced), (fine,) or (B, R, fine).
 
@@ -165,14 +177,14 @@ def render_images(render, cameras, size, chunk_size):
 
     render: origins (N, 3), directions (N, 3) -> colour (N, 3), alpha (N,), called with at most `chunk_size` rays."""
     origins, directions = (x.flatten(0, 1) for x in rays(cameras, size))
-    parts = [render(o, d) for o, d in zip(origins.split(chunk_size), directions.split(chunk_size))]
-    colour, alpha = (torch.cat(values).unflatten(0, (len(cameras), size, size)) for values in zip(*parts))
+    parts = [render(o, d) for o, d in zip(origins.split(chunk_size), directions.split(chunk_size), strict=True)]
+    colour, alpha = (torch.cat(values).unflatten(0, (len(cameras), size, size)) for values in zip(*parts, strict=True))
     return colour.permute(0, 3, 1, 2).clamp(0, 1), alpha[:, None]
 
 
 def occupancy_grid(field, batch, resolution, threshold, device=None):
-    """Which cells of the box hold matter: (batch, resolution, resolution, resolution) bool, indexed z, y, x, grown by one
-    cell on every side. A cell counts when the optical thickness of crossing it exceeds `threshold`."""
+    """Which cells of the box hold matter: (batch, resolution, resolution, resolution) bool, indexed z, y, x, grown by
+    one cell on every side. A cell counts when the optical thickness of crossing it exceeds `threshold`."""
     centre = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
     z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
     points = torch.stack([x, y, z], -1).reshape(1, -1, 3).expand(batch, -1, 3)
@@ -181,7 +193,8 @@ def occupancy_grid(field, batch, resolution, threshold, device=None):
 
 
 def occupied_box(occupied):
-    """The smallest box around the occupied cells (R, R, R) of one scene: low (3,), high (3,) as x, y, z; None if empty."""
+    """The smallest box around the occupied cells (R, R, R) of one scene: low (3,), high (3,) as x, y, z; None if
+    empty."""
     resolution, bounds = len(occupied), []
     for axis in (2, 1, 0):
         others = [i for i in range(3) if i != axis]
@@ -189,7 +202,7 @@ def occupied_box(occupied):
         if not len(cells):
             return None
         bounds.append((cells[0], cells[-1] + 1))
-    low, high = zip(*bounds)
+    low, high = zip(*bounds, strict=True)
     return tuple(torch.stack(part) * (2 / resolution) - 1 for part in (low, high))
 
 

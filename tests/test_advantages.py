@@ -21,8 +21,14 @@ def test_golden_variants(variant):
     kl_tracker = tracker(variant["kl_per_prompt_stat_tracking"])
     for epoch in variant["epochs"]:
         result = advantages(
-            np.array(epoch["rewards"], dtype=np.float32), epoch["prompts"], np.array(epoch["kl"], dtype=np.float32),
-            reward_tracker, kl_tracker, variant["kl_in_reward"], variant["kl_normalized_coeff"])
+            np.array(epoch["rewards"], dtype=np.float32),
+            epoch["prompts"],
+            np.array(epoch["kl"], dtype=np.float32),
+            reward_tracker,
+            kl_tracker,
+            variant["kl_in_reward"],
+            variant["kl_normalized_coeff"],
+        )
         assert result.advantages.dtype == np.float32
         for key in ("advantages", "reward_advantages"):
             np.testing.assert_allclose(getattr(result, key), epoch[key], atol=1e-5, rtol=1e-5)

@@ -11,7 +11,13 @@ from ml_collections import ConfigDict
 
 import ddpo.checkpoint
 from ddpo.checkpoint import (
-    DamagedCheckpoint, checkpoints, damage, find_checkpoint, forget_later, load_checkpoint, save_checkpoint,
+    DamagedCheckpoint,
+    checkpoints,
+    damage,
+    find_checkpoint,
+    forget_later,
+    load_checkpoint,
+    save_checkpoint,
 )
 from ddpo.run_log import RunLog
 
@@ -80,15 +86,18 @@ def test_an_interrupted_save_leaves_the_previous_checkpoint(tmp_path, monkeypatc
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint_0002"]
 
 
-@pytest.mark.parametrize("harm, words", [
-    (lambda f: os.truncate(f / "weights.safetensors", 10), "weights.safetensors is not what"),
-    (lambda f: (f / "optimizer.pt").unlink(), "optimizer.pt is missing"),
-    (lambda f: (f / "run.json").write_text((f / "run.json").read_text().replace("2", "3")), "run.json is not what"),
-    (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
-    (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is missing or unreadable"),
-    (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is not what"),
-    (lambda f: (shutil.rmtree(f), f.mkdir()), "manifest.json is missing"),
-])
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda f: os.truncate(f / "weights.safetensors", 10), "weights.safetensors is not what"),
+        (lambda f: (f / "optimizer.pt").unlink(), "optimizer.pt is missing"),
+        (lambda f: (f / "run.json").write_text((f / "run.json").read_text().replace("2", "3")), "run.json is not what"),
+        (lambda f: (f / "manifest.json").unlink(), "manifest.json is missing"),
+        (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is missing or unreadable"),
+        (lambda f: (f / "manifest.json").write_text("{}"), "manifest.json is not what"),
+        (lambda f: (shutil.rmtree(f), f.mkdir()), "manifest.json is missing"),
+    ],
+)
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_if_asked(tmp_path, harm, words):
     for epochs_done in (0, 1, 2):
         save(tmp_path, epochs_done)

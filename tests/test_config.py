@@ -10,8 +10,17 @@ from absl import flags
 from ml_collections import config_flags
 
 from config import base, dgx, tiny
-from config.validate import (CHOICES, RANGES, _flatten, batch_table, check_flags, resolve, trained_steps,
-                             updates_per_epoch, validate)
+from config.validate import (
+    CHOICES,
+    RANGES,
+    _flatten,
+    batch_table,
+    check_flags,
+    resolve,
+    trained_steps,
+    updates_per_epoch,
+    validate,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,11 +53,27 @@ def parse(*arguments):
 ###### Flags ######
 
 
-@pytest.mark.parametrize("name", ["config/base.py", "config/tiny.py", "config/tiny.py:mvdream", "config/dgx.py",
-                                  "config/dgx.py:carve3d_train", "config/dgx.py:mvdream_lgm"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "config/base.py",
+        "config/tiny.py",
+        "config/tiny.py:mvdream",
+        "config/dgx.py",
+        "config/dgx.py:carve3d_train",
+        "config/dgx.py:mvdream_lgm",
+    ],
+)
 def test_flags_reach_every_configuration(name):
-    config = parse("--config", str(ROOT / name), "--config.train.learning_rate=1e-3", "--config.use_lora=False",
-                   "--config.resume_from=logs/x", "--config.kl_beta=1", "--config.per_prompt_stat_tracking.min_count=2")
+    config = parse(
+        "--config",
+        str(ROOT / name),
+        "--config.train.learning_rate=1e-3",
+        "--config.use_lora=False",
+        "--config.resume_from=logs/x",
+        "--config.kl_beta=1",
+        "--config.per_prompt_stat_tracking.min_count=2",
+    )
     assert config.train.learning_rate == 1e-3 and config.use_lora is False and config.resume_from == "logs/x"
     assert isinstance(config.kl_beta, float) and config.per_prompt_stat_tracking.min_count == 2
 
@@ -65,30 +90,54 @@ def test_unknown_run_is_named(name):
         dgx.get_config(name)
 
 
-@pytest.mark.parametrize("name", ["data_size", "data_size()", "data_size(0)", "data_size(2.5)", "multi_round(5)",
-                                  "data_size(x)", "batch_size(-1)", "kl_coefficient", "data_size(700)"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data_size",
+        "data_size()",
+        "data_size(0)",
+        "data_size(2.5)",
+        "multi_round(5)",
+        "data_size(x)",
+        "batch_size(-1)",
+        "kl_coefficient",
+        "data_size(700)",
+    ],
+)
 def test_wrong_arguments_of_a_run_are_refused(name):
     with pytest.raises(ValueError):
         dgx.get_config(name)
 
 
-@pytest.mark.parametrize("flag, hint", [
-    ("--config.train.learning_rat=1", "config.train.learning_rate"),
-    ("--config.trian.batch_size=1", "config.train.batch_size"),
-    ("--config.learning_rate=1", "config.train.learning_rate"),
-    ("--noconfig.use_lra", "config.use_lora"),
-    ("--config.lora_rank=4", "config.lora.rank"),
-    ("--config.kl_log=True", "config.log_kl"),
-    ("--config.per_prompt_stat_tracking=None", "buffer_size=0"),
-])
+@pytest.mark.parametrize(
+    "flag, hint",
+    [
+        ("--config.train.learning_rat=1", "config.train.learning_rate"),
+        ("--config.trian.batch_size=1", "config.train.batch_size"),
+        ("--config.learning_rate=1", "config.train.learning_rate"),
+        ("--noconfig.use_lra", "config.use_lora"),
+        ("--config.lora_rank=4", "config.lora.rank"),
+        ("--config.kl_log=True", "config.log_kl"),
+        ("--config.per_prompt_stat_tracking=None", "buffer_size=0"),
+    ],
+)
 def test_misspelled_flag_is_refused_with_the_right_one(flag, hint):
     with pytest.raises(ValueError, match=re.escape(hint)):
         check_flags(["train", "--config=config/tiny.py", flag])
 
 
 def test_right_flags_pass():
-    check_flags(["train", "--config", "config/tiny.py", "--config.train.learning_rate=1", "--noconfig.use_lora",
-                 "--config.sample.prompt_suffix=, a = b", "--other.flag=1"])
+    check_flags(
+        [
+            "train",
+            "--config",
+            "config/tiny.py",
+            "--config.train.learning_rate=1",
+            "--noconfig.use_lora",
+            "--config.sample.prompt_suffix=, a = b",
+            "--other.flag=1",
+        ]
+    )
 
 
 ###### Values ######
@@ -99,8 +148,14 @@ def test_defaults_are_the_papers():
     assert (config.sample.num_steps, config.sample.eta, config.sample.guidance_scale) == (100, 1.0, 5.0)
     assert (config.lora.rank, config.lora.targets, config.mixed_precision) == (4, "attention", "fp16")
     train = config.train
-    assert (train.learning_rate, train.adam_beta1, train.adam_beta2, train.adam_epsilon, train.adam_weight_decay,
-            train.max_grad_norm) == (3e-4, 0.9, 0.999, 1e-8, 1e-4, 1.0)
+    assert (
+        train.learning_rate,
+        train.adam_beta1,
+        train.adam_beta2,
+        train.adam_epsilon,
+        train.adam_weight_decay,
+        train.max_grad_norm,
+    ) == (3e-4, 0.9, 0.999, 1e-8, 1e-4, 1.0)
     assert (train.clip_range, train.adv_clip_max, train.num_inner_epochs) == (1e-4, 5.0, 1)
     assert train.timestep_fraction == 1.0
     assert (train.timestep_weighting, train.skip_last_steps, train.kl_per_update) == ("uniform", 0, 0.0)
@@ -117,8 +172,16 @@ def test_published_machine_gives_published_numbers():
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 6, 8, 16, 48, 64, 96, 768])
-@pytest.mark.parametrize("run, updates", [("carve3d_train", 1), ("multi_round(2)", 2), ("multi_round(3)", 3),
-                                          ("batch_size(768)", 1), ("kl_coefficient(0)", 1)])
+@pytest.mark.parametrize(
+    "run, updates",
+    [
+        ("carve3d_train", 1),
+        ("multi_round(2)", 2),
+        ("multi_round(3)", 3),
+        ("batch_size(768)", 1),
+        ("kl_coefficient(0)", 1),
+    ],
+)
 def test_totals_do_not_depend_on_the_number_of_processes(processes, run, updates):
     config = complete(dgx.get_config(run))
     if config.train.total_batch_size % processes:
@@ -191,8 +254,13 @@ def test_tiny_is_free_of_contradictions():
 
 def test_batch_contradictions():
     refused("train.batch_size is 64, larger than", train__batch_size=64)
-    refused("does not divide the 32 samples .* set it to 4", sample__batch_size=32, sample__num_batches_per_epoch=1,
-            train__batch_size=5, train__gradient_accumulation_steps=2)
+    refused(
+        "does not divide the 32 samples .* set it to 4",
+        sample__batch_size=32,
+        sample__num_batches_per_epoch=1,
+        train__batch_size=5,
+        train__gradient_accumulation_steps=2,
+    )
     refused("an update takes 48 samples", train__batch_size=16, train__gradient_accumulation_steps=3)
     refused("an update takes 128 samples", train__total_batch_size=128)
     refused("cannot share evenly: run on 2, or set it to 66", processes=3)
@@ -230,8 +298,10 @@ def test_precision_contradictions():
 
 @pytest.mark.parametrize("key", sorted(CHOICES))
 def test_unknown_names_are_refused_with_the_known_ones(key):
-    refused(f"config.{re.escape(key)} is 'qqq': set it to one of {re.escape(repr(CHOICES[key][0]))}",
-            **{key.replace(".", "__"): "qqq"})
+    refused(
+        f"config.{re.escape(key)} is 'qqq': set it to one of {re.escape(repr(CHOICES[key][0]))}",
+        **{key.replace(".", "__"): "qqq"},
+    )
 
 
 @pytest.mark.parametrize("key", sorted(RANGES))

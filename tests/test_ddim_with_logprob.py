@@ -24,7 +24,9 @@ TENSORS = load_file(GOLDEN / "ddim_step.safetensors")
 
 
 def make_scheduler(num_steps=10, **config):
-    defaults = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1)
+    defaults = dict(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, steps_offset=1
+    )
     scheduler = DDIMScheduler(**{**defaults, **config})
     scheduler.set_timesteps(num_steps)
     return scheduler
@@ -53,7 +55,14 @@ def test_golden_draw(case):
     scheduler, g, good = golden_case(case)
     generator = torch.Generator().manual_seed(case["generator_seed"])
     x_prev, log_prob = ddim_step_with_logprob(
-        scheduler, g["model_output"], g["timestep"], g["sample"], case["eta"], case["use_clipped_model_output"], generator)
+        scheduler,
+        g["model_output"],
+        g["timestep"],
+        g["sample"],
+        case["eta"],
+        case["use_clipped_model_output"],
+        generator,
+    )
 
     expected = g["out_prev_sample"]
     assert x_prev.dtype == expected.dtype and log_prob.dtype == g["out_log_prob"].dtype
@@ -78,8 +87,14 @@ def test_golden_score_and_gradient(case):
     scheduler, g, good = golden_case(case)
     output = g["model_output"].clone().requires_grad_(True)
     x_prev, log_prob = ddim_step_with_logprob(
-        scheduler, output, g["timestep"], g["sample"], case["eta"], case["use_clipped_model_output"],
-        prev_sample=g["prev_sample"])
+        scheduler,
+        output,
+        g["timestep"],
+        g["sample"],
+        case["eta"],
+        case["use_clipped_model_output"],
+        prev_sample=g["prev_sample"],
+    )
     assert torch.equal(x_prev, g["prev_sample"])
     t = g["timestep"].expand(len(log_prob))
     error = (log_prob - g["out_log_prob"]).abs().detach() / g["out_log_prob"].abs().clamp(min=1)
@@ -122,7 +137,9 @@ def test_analytic_kl_is_the_expected_log_ratio():
     x = draw(mean, std)
     log_ratio = gaussian_log_prob(x, mean, std) - gaussian_log_prob(x, reference, std)
     kl = analytic_kl(mean, reference, std)
-    divergence = torch.distributions.kl_divergence(*(torch.distributions.Normal(m, 0.7) for m in (mean[0], reference[0])))
+    divergence = torch.distributions.kl_divergence(
+        *(torch.distributions.Normal(m, 0.7) for m in (mean[0], reference[0]))
+    )
     assert kl.shape == (2000,) and torch.allclose(kl[0], divergence.mean(), rtol=1e-5)
     assert abs(log_ratio.mean() - kl[0]) < 4 * log_ratio.std() / 2000**0.5
 
@@ -141,8 +158,10 @@ def test_a_shared_timestep_equals_one_per_sample():
     scheduler = make_scheduler(8)
     torch.manual_seed(0)
     output, x_t, x_prev = torch.randn(3, 3, 4, 4, 4)
-    scores = [ddim_step_with_logprob(scheduler, output, t, x_t, 1.0, prev_sample=x_prev)[1]
-              for t in (251, torch.tensor(251), torch.tensor([251]), torch.full((3,), 251))]
+    scores = [
+        ddim_step_with_logprob(scheduler, output, t, x_t, 1.0, prev_sample=x_prev)[1]
+        for t in (251, torch.tensor(251), torch.tensor([251]), torch.full((3,), 251))
+    ]
     assert all(torch.equal(score, scores[0]) for score in scores)
 
 
@@ -157,7 +176,8 @@ def test_the_alpha_table_follows_the_latents_once():
 
 def test_zero_terminal_snr_does_not_break_the_mean():
     scheduler = make_scheduler(
-        50, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=0)
+        50, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=0
+    )
     torch.manual_seed(0)
     output, x_t = torch.randn(2, 50, 4, 4, 4)
     _, log_prob = ddim_step_with_logprob(scheduler, output, scheduler.timesteps, x_t, eta=1.0)

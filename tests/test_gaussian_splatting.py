@@ -29,8 +29,11 @@ def golden(scene):
     K = data["K"].double()  # in pixels
     intrinsics = K[:, (0, 1, 0, 1), (0, 1, 2, 2)] / torch.tensor([width, height, width, height])
     fields = ("means", "opacities", "scales", "quats_wxyz", "rgb")
-    return (Gaussians(*(data[field][None] for field in fields)),
-            Cameras(torch.linalg.inv(data["w2c_opencv"].double()), intrinsics), (height, width))
+    return (
+        Gaussians(*(data[field][None] for field in fields)),
+        Cameras(torch.linalg.inv(data["w2c_opencv"].double()), intrinsics),
+        (height, width),
+    )
 
 
 def cloud(count, scenes=1, dtype=torch.float32, seed=0):
@@ -40,8 +43,13 @@ def cloud(count, scenes=1, dtype=torch.float32, seed=0):
     def normal(*shape):
         return torch.randn(scenes, count, *shape, generator=generator, dtype=torch.float64).to(dtype)
 
-    return Gaussians(0.3 * normal(3), normal().sigmoid(), 0.1 * (0.3 * normal(3)).exp(),
-                     torch.nn.functional.normalize(normal(4), dim=-1), normal(3).sigmoid())
+    return Gaussians(
+        0.3 * normal(3),
+        normal().sigmoid(),
+        0.1 * (0.3 * normal(3)).exp(),
+        torch.nn.functional.normalize(normal(4), dim=-1),
+        normal(3).sigmoid(),
+    )
 
 
 def render(*args, **kwargs):
@@ -52,9 +60,14 @@ def render(*args, **kwargs):
 # -- what it must look like -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scene, name, constants", [
-    *((scene, "inria", INRIA) for scene in SCENES), *((scene, "gsplat15", GSPLAT) for scene in SCENES),
-    *((scene, "inria_tiled", INRIA_TILED) for scene in ("s200", "s500"))])
+@pytest.mark.parametrize(
+    "scene, name, constants",
+    [
+        *((scene, "inria", INRIA) for scene in SCENES),
+        *((scene, "gsplat15", GSPLAT) for scene in SCENES),
+        *((scene, "inria_tiled", INRIA_TILED) for scene in ("s200", "s500")),
+    ],
+)
 def test_golden_scenes(scene, name, constants):
     gaussians, cameras, size = golden(scene)
     image, alpha, depth = render_gaussians(gaussians, cameras, size, constants=constants)
@@ -76,8 +89,13 @@ def test_what_cuda_cannot_honour_is_small(scene):
 
 def test_one_gaussian_in_closed_form():
     """A ball in the middle of an odd image: alpha, depth and colour of the middle pixel and of its neighbour."""
-    one = Gaussians(torch.zeros(1, 1, 3), torch.full((1, 1), 0.7), torch.full((1, 1, 3), 0.1),
-                    torch.tensor([[[1.0, 0, 0, 0]]]), torch.tensor([[[0.2, 0.4, 0.6]]]))
+    one = Gaussians(
+        torch.zeros(1, 1, 3),
+        torch.full((1, 1), 0.7),
+        torch.full((1, 1, 3), 0.1),
+        torch.tensor([[[1.0, 0, 0, 0]]]),
+        torch.tensor([[[0.2, 0.4, 0.6]]]),
+    )
     image, alpha, depth = render_gaussians(one, CAMERA, 33, background=torch.tensor([0.0, 0.5, 1.0]))
     variance = (0.1 / 2 * CAMERA.fxfycxcy[0, 0] * 33) ** 2 + 0.3
     expected = 0.7 * torch.exp(torch.tensor([0.0, -0.5]) / variance)
@@ -93,8 +111,13 @@ def test_equal_depths_keep_their_order():
     for nearer in (0, 1):
         means = torch.zeros(1, 2, 3, dtype=torch.float64)
         means[0, nearer] = -1e-10 * look
-        two = Gaussians(means, torch.full((1, 2), 0.9).double(), torch.full((1, 2, 3), 0.2).double(),
-                        torch.tensor([1.0, 0, 0, 0]).double().expand(1, 2, 4), colours)
+        two = Gaussians(
+            means,
+            torch.full((1, 2), 0.9).double(),
+            torch.full((1, 2, 3), 0.2).double(),
+            torch.tensor([1.0, 0, 0, 0]).double().expand(1, 2, 4),
+            colours,
+        )
         image = render_gaussians(two, CAMERA, 9, background=0.0)[0][0, 0, :, 4, 4]
         assert image[0] == pytest.approx(0.9, abs=1e-6) and image[1] == pytest.approx(0.09, abs=1e-6)
 
@@ -102,8 +125,10 @@ def test_equal_depths_keep_their_order():
 def test_quaternions_that_are_not_unit():
     gaussians = cloud(30)
     longer = replace(gaussians, quaternions=1.5 * gaussians.quaternions)
-    unit, raw = (render(gaussians, CAMERA, 16, constants=constants) - render(longer, CAMERA, 16, constants=constants)
-                 for constants in (GSPLAT, INRIA))
+    unit, raw = (
+        render(gaussians, CAMERA, 16, constants=constants) - render(longer, CAMERA, 16, constants=constants)
+        for constants in (GSPLAT, INRIA)
+    )
     assert unit.abs().max() < 1e-5 and raw.abs().max() > 0.1
 
 
@@ -153,7 +178,7 @@ def test_blocks_do_not_matter(monkeypatch):
     expected = image_and_gradients()
     for name, value in dict(TILE=4, TILE_BLOCK=7, DEPTH_BLOCK=9, PAIRS=700).items():
         monkeypatch.setattr(gaussian_splatting, name, value)
-    for ours, theirs in zip(image_and_gradients(), expected):
+    for ours, theirs in zip(image_and_gradients(), expected, strict=True):
         assert (ours - theirs).abs().max() < 2e-6
 
 
@@ -179,14 +204,19 @@ def test_work_is_done_where_it_is_seen(monkeypatch):
     monkeypatch.setattr(gaussian_splatting, "_blend", counting_blend)
     monkeypatch.setattr(gaussian_splatting, "PAIRS", 100)
     right_down, forward = CAMERA.c2w[0, :3, :2].sum(-1), CAMERA.c2w[0, :3, 2]
-    small = replace(cloud(50), means=(0.1 * right_down).expand(1, 50, 3), scales=torch.full((1, 50, 3), 1e-4),
-                    opacities=torch.full((1, 50), 0.5))
+    small = replace(
+        cloud(50),
+        means=(0.1 * right_down).expand(1, 50, 3),
+        scales=torch.full((1, 50, 3), 1e-4),
+        opacities=torch.full((1, 50), 0.5),
+    )
     render(small, CAMERA, 64)
     assert sum(blended) == 50
 
-    wall = replace(small, means=(-forward).expand(1, 50, 3), scales=torch.full((1, 50, 3), 2.0),
-                   opacities=torch.ones(1, 50))
-    both = Gaussians(*(torch.cat(pair, 1) for pair in zip(small.tensors(), wall.tensors())))
+    wall = replace(
+        small, means=(-forward).expand(1, 50, 3), scales=torch.full((1, 50, 3), 2.0), opacities=torch.ones(1, 50)
+    )
+    both = Gaussians(*(torch.cat(pair, 1) for pair in zip(small.tensors(), wall.tensors(), strict=True)))
     blended.clear()
     seen = render(both, CAMERA, 64)
     assert sum(blended) < 10 * 64 and (seen[:, :, 3] > 0.98).all()
@@ -207,7 +237,7 @@ def test_sets_of_scenes():
     gaussians = cloud(4, scenes=3)
     packed = torch.cat([value if value.ndim == 3 else value[..., None] for value in gaussians.tensors()], -1)
     assert packed.shape == (3, 4, 14)
-    for ours, theirs in zip(Gaussians.from_packed(packed).tensors(), gaussians.tensors()):
+    for ours, theirs in zip(Gaussians.from_packed(packed).tensors(), gaussians.tensors(), strict=True):
         assert torch.equal(ours, theirs)
     assert len(gaussians) == 3 and len(gaussians[1]) == 1 and len(gaussians[[0, 2]]) == 2 and len(gaussians[1:]) == 2
     assert gaussians.to(torch.bfloat16).opacities.dtype == torch.bfloat16
@@ -217,18 +247,22 @@ def test_sets_of_scenes():
 FINE = cloud(3)
 
 
-@pytest.mark.parametrize("change, size, cameras, message", [
-    (dict(opacities=torch.rand(1, 3, 1)), 8, CAMERA, r"means has shape \(1, 3, 3\) with opacities \(1, 3, 1\); it"),
-    (dict(quaternions=torch.rand(1, 3, 3)), 8, CAMERA, r"quaternions has shape \(1, 3, 3\) .* must be \(B, N, 4\)"),
-    (dict(scales=torch.rand(1, 4, 3)), 8, CAMERA, r"Gaussians.scales has shape \(1, 4, 3\)"),
-    (dict(means=torch.full((1, 3, 3), torch.nan)), 8, CAMERA, "Gaussians.means holds 9 values that are not finite"),
-    (dict(quaternions=torch.zeros(1, 3, 4)), 8, CAMERA, "3 of Gaussians.quaternions have length zero"),
-    ({}, 0, CAMERA, "size is 0; it must be a whole number"),
-    ({}, (8, 8, 8), CAMERA, r"size is \(8, 8, 8\); it must be a whole number"),
-    ({}, 8.0, CAMERA, "size is 8.0; it must be a whole number"),
-    ({}, 8, CAMERA.expand(2), r"c2w \(2, 1, 4, 4\) .* with B = 1"),
-    ({}, 8, Cameras(CAMERA.c2w, CAMERA.fxfycxcy[0]), r"fxfycxcy \(4,\); they must be"),
-    ({}, 8, Cameras(CAMERA.c2w * torch.inf, CAMERA.fxfycxcy), "cameras hold values that are not finite")])
+@pytest.mark.parametrize(
+    "change, size, cameras, message",
+    [
+        (dict(opacities=torch.rand(1, 3, 1)), 8, CAMERA, r"means has shape \(1, 3, 3\) with opacities \(1, 3, 1\); it"),
+        (dict(quaternions=torch.rand(1, 3, 3)), 8, CAMERA, r"quaternions has shape \(1, 3, 3\) .* must be \(B, N, 4\)"),
+        (dict(scales=torch.rand(1, 4, 3)), 8, CAMERA, r"Gaussians.scales has shape \(1, 4, 3\)"),
+        (dict(means=torch.full((1, 3, 3), torch.nan)), 8, CAMERA, "Gaussians.means holds 9 values that are not finite"),
+        (dict(quaternions=torch.zeros(1, 3, 4)), 8, CAMERA, "3 of Gaussians.quaternions have length zero"),
+        ({}, 0, CAMERA, "size is 0; it must be a whole number"),
+        ({}, (8, 8, 8), CAMERA, r"size is \(8, 8, 8\); it must be a whole number"),
+        ({}, 8.0, CAMERA, "size is 8.0; it must be a whole number"),
+        ({}, 8, CAMERA.expand(2), r"c2w \(2, 1, 4, 4\) .* with B = 1"),
+        ({}, 8, Cameras(CAMERA.c2w, CAMERA.fxfycxcy[0]), r"fxfycxcy \(4,\); they must be"),
+        ({}, 8, Cameras(CAMERA.c2w * torch.inf, CAMERA.fxfycxcy), "cameras hold values that are not finite"),
+    ],
+)
 def test_what_cannot_be_rendered_is_named(change, size, cameras, message):
     with pytest.raises(ValueError, match=message):
         render_gaussians(replace(FINE, **change), cameras, size)
@@ -257,7 +291,7 @@ def test_both_backends_agree(scene):
     assert (image.cpu() - expected).abs().max() < 1e-4
     expected.square().mean().backward()
     image.square().mean().backward()
-    for a, b in zip(ours.tensors(), theirs.tensors()):
+    for a, b in zip(ours.tensors(), theirs.tensors(), strict=True):
         assert torch.nn.functional.cosine_similarity(a.grad.flatten(), b.grad.cpu().flatten(), 0) > 0.999
 
 
@@ -265,13 +299,15 @@ def test_gsplat_is_asked_for_the_same_picture(monkeypatch):
     """Its rasterization, played by the other backend: world-to-camera matrices, intrinsics in pixels, channels last."""
 
     def rasterization(
-            means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, render_mode, packed):
+        means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, render_mode, packed
+    ):
         assert render_mode == "RGB+D" and all(value.dtype == torch.float32 for value in (means, viewmats, Ks))
         K = Ks / torch.tensor([width, height, 1.0])[:, None]
         cameras = Cameras(torch.linalg.inv(viewmats), K[..., (0, 1, 0, 1), (0, 1, 2, 2)])
         scene = Gaussians(means, opacities, scales, quats, colors)
         image, alpha, depth = render_gaussians(
-            scene, cameras, (height, width), background=0.0, constants=replace(GSPLAT, near=near_plane))
+            scene, cameras, (height, width), background=0.0, constants=replace(GSPLAT, near=near_plane)
+        )
         return torch.cat([image, depth], -3).movedim(-3, -1), alpha.movedim(-3, -1), {}
 
     monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
@@ -298,13 +334,38 @@ def test_ply_is_read_back(tmp_path):
     lines = header.decode().splitlines()
     assert lines[:3] == ["ply", "format binary_little_endian 1.0", "element vertex 7"]
     names = [line.removeprefix("property float ") for line in lines[3:]]
-    assert names == ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", "opacity",
-                     "scale_0", "scale_1", "scale_2", "rot_0", "rot_1", "rot_2", "rot_3"]
+    assert names == [
+        "x",
+        "y",
+        "z",
+        "nx",
+        "ny",
+        "nz",
+        "f_dc_0",
+        "f_dc_1",
+        "f_dc_2",
+        "opacity",
+        "scale_0",
+        "scale_1",
+        "scale_2",
+        "rot_0",
+        "rot_1",
+        "rot_2",
+        "rot_3",
+    ]
     table = torch.from_numpy(np.frombuffer(body, "<f4").reshape(7, 17).copy())
     assert table.isfinite().all() and (table[:, 3:6] == 0).all()
-    read = torch.cat([table[:, :3], table[:, 9:10].sigmoid(), table[:, 10:13].exp(), table[:, 13:],
-                      table[:, 6:9] * 0.28209479177387814 + 0.5], -1)
-    for ours, theirs in zip(Gaussians.from_packed(read[None]).tensors(), gaussians.tensors()):
+    read = torch.cat(
+        [
+            table[:, :3],
+            table[:, 9:10].sigmoid(),
+            table[:, 10:13].exp(),
+            table[:, 13:],
+            table[:, 6:9] * 0.28209479177387814 + 0.5,
+        ],
+        -1,
+    )
+    for ours, theirs in zip(Gaussians.from_packed(read[None]).tensors(), gaussians.tensors(), strict=True):
         assert torch.allclose(ours, theirs, atol=2e-6)
 
 

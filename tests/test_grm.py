@@ -21,8 +21,15 @@ from recon.grm_checkpoint import convert
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
-SMALL = {"in_channels": 3, "input_res": 16, "patch_size": 8, "layers": 2, "width": 64, "window_size": 32,
-         "decoder_ratio": 1}
+SMALL = {
+    "in_channels": 3,
+    "input_res": 16,
+    "patch_size": 8,
+    "layers": 2,
+    "width": 64,
+    "window_size": 32,
+    "decoder_ratio": 1,
+}
 
 
 def golden_grm(name):
@@ -36,7 +43,8 @@ def golden_grm(name):
     data = load_file(file)
     model = GRM(render=render, **visual).eval()
     problems = model.load_state_dict(
-        {key[2:]: value.float() for key, value in data.items() if key.startswith("w/")}, strict=name == "b")
+        {key[2:]: value.float() for key, value in data.items() if key.startswith("w/")}, strict=name == "b"
+    )
     assert not problems.unexpected_keys
     assert all(key.startswith("transformer_encoder.") for key in problems.missing_keys)
     if name == "a":
@@ -54,12 +62,21 @@ def test_raw_gaussians(name, batch, width):
     model, data, stride = golden_grm(name)
     ours = run(model, data)
     assert {key: tuple(value.shape) for key, value in ours.items()} == {
-        "plucker": (batch, 4, 6, 32, 32), "tokens": (batch, 4, 16, width), "depth": (batch, 4, 32, 32),
-        "xyz": (batch, 4096, 3), "feature": (batch, 4096, 3), "opacity": (batch, 4096, 1),
-        "scaling": (batch, 4096, 3), "rotation": (batch, 4096, 4)}
+        "plucker": (batch, 4, 6, 32, 32),
+        "tokens": (batch, 4, 16, width),
+        "depth": (batch, 4, 32, 32),
+        "xyz": (batch, 4096, 3),
+        "feature": (batch, 4096, 3),
+        "opacity": (batch, 4096, 1),
+        "scaling": (batch, 4096, 3),
+        "rotation": (batch, 4096, 4),
+    }
     kept = {key: value[:, ::stride] for key, value in ours.items()}
-    kept.update(tokens=ours["tokens"], depth=ours["depth"].flatten(1)[:, ::stride],
-                plucker=ours["plucker"].flatten(-2)[..., ::stride])
+    kept.update(
+        tokens=ours["tokens"],
+        depth=ours["depth"].flatten(1)[:, ::stride],
+        plucker=ours["plucker"].flatten(-2)[..., ::stride],
+    )
     for key, value in kept.items():
         assert (value - data[f"out/{key}"]).abs().max() < TOLERANCE, key
 
@@ -159,18 +176,21 @@ def test_softplus_scales_are_clipped_and_multiplied():
     assert torch.allclose(scales, 0.02 * F.softplus(raw.clamp(max=-0.01)))
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"width": 96}, "width is 96: it must be a multiple of 64"),
-    ({"patch_size": 4, "decoder_ratio": 3}, "decoder_ratio is 3"),
-    ({"input_res": 20}, "input_res is 20: it must be a multiple of 8"),
-    ({"half_res_input": True, "input_res": 24}, "input_res is 24: it must be a multiple of 16"),
-    ({"bwindow_size": 5}, "bwindow_size is 5: it must be null or divide the sequence of 16 tokens"),
-    ({"window_size": 3}, "window_size is 3: it must be null or divide the sequence of 64 tokens"),
-    ({"scaling_activation_type": "relu"}, "exp, softplus, sigmoid"),
-    ({"num_input_views": 6}, "num_input_views is 6: it must be 4"),
-    ({"layers": 0}, "layers is 0"),
-    ({"render": {"sh_degree": 1}}, "sh_degree is 1: it must be 0"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"width": 96}, "width is 96: it must be a multiple of 64"),
+        ({"patch_size": 4, "decoder_ratio": 3}, "decoder_ratio is 3"),
+        ({"input_res": 20}, "input_res is 20: it must be a multiple of 8"),
+        ({"half_res_input": True, "input_res": 24}, "input_res is 24: it must be a multiple of 16"),
+        ({"bwindow_size": 5}, "bwindow_size is 5: it must be null or divide the sequence of 16 tokens"),
+        ({"window_size": 3}, "window_size is 3: it must be null or divide the sequence of 64 tokens"),
+        ({"scaling_activation_type": "relu"}, "exp, softplus, sigmoid"),
+        ({"num_input_views": 6}, "num_input_views is 6: it must be 4"),
+        ({"layers": 0}, "layers is 0"),
+        ({"render": {"sh_degree": 1}}, "sh_degree is 1: it must be 0"),
+    ],
+)
 def test_impossible_parameters_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         GRM(**{**SMALL, **change})
@@ -186,8 +206,15 @@ def test_views_of_another_size_or_number_are_refused():
 
 # -- published files ------------------------------------------------------------------------------------------------
 
-RENDER = {"render_type": "defered", "sh_degree": 0, "img_height": 512, "scaling_activation_type": "sigmoid",
-          "scale_min_act": 0.001, "scale_max_act": 0.3, "scale_multi_act": 0.1}
+RENDER = {
+    "render_type": "defered",
+    "sh_degree": 0,
+    "img_height": 512,
+    "scaling_activation_type": "sigmoid",
+    "scale_min_act": 0.001,
+    "scale_max_act": 0.3,
+    "scale_multi_act": 0.1,
+}
 VISUAL = {**SMALL, "checkpointing": True, "num_input_views": 4}
 
 
@@ -299,24 +326,37 @@ def without(dictionary, key):
     return {name: value for name, value in dictionary.items() if name != key}
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda file: {"state_dict": file["model"]}, "is not a file of GRM, which holds 'model' and 'config'"),
-    (lambda file: [1, 2], "is not a file of GRM"),
-    (lambda file: {**file, "model": "weights"}, "'model' that is not a dictionary of tensors"),
-    (lambda file: {**file, "config": {"lr": 0.1}}, "has no config.model_config.visual.params"),
-    (lambda file: {**file, "model": without(file["model"], "module.visual_encoder.out_layer_depth.weight")},
-     r"1 missing \(out_layer_depth.weight\); give"),
-    (lambda file: {**file, "model": {**file["model"], "lpips.weight": torch.ones(2)}},
-     r"1 unknown \(lpips.weight\); give"),
-    (lambda file: {**file, "model": {**file["model"], "out_layer_depth.weight": torch.ones(2)}},
-     r"1 of another shape \(out_layer_depth.weight: \(2,\) instead of \(16, 64, 1, 1\)\); give"),
-    (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "layers": 3}),
-     r"12 missing \(transformer_encoder.transformer.resblocks.2.attn.in_proj_bias, .*, ...\); give"),
-    (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "width": 128}), r"of another shape"),
-    (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "window_size": 7}), "window_size is 7"),
-    (lambda file: checkpoint(GRM(**SMALL), visual=without(VISUAL, "width")),
-     "no complete configuration of a GRM .*'width'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda file: {"state_dict": file["model"]}, "is not a file of GRM, which holds 'model' and 'config'"),
+        (lambda file: [1, 2], "is not a file of GRM"),
+        (lambda file: {**file, "model": "weights"}, "'model' that is not a dictionary of tensors"),
+        (lambda file: {**file, "config": {"lr": 0.1}}, "has no config.model_config.visual.params"),
+        (
+            lambda file: {**file, "model": without(file["model"], "module.visual_encoder.out_layer_depth.weight")},
+            r"1 missing \(out_layer_depth.weight\); give",
+        ),
+        (
+            lambda file: {**file, "model": {**file["model"], "lpips.weight": torch.ones(2)}},
+            r"1 unknown \(lpips.weight\); give",
+        ),
+        (
+            lambda file: {**file, "model": {**file["model"], "out_layer_depth.weight": torch.ones(2)}},
+            r"1 of another shape \(out_layer_depth.weight: \(2,\) instead of \(16, 64, 1, 1\)\); give",
+        ),
+        (
+            lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "layers": 3}),
+            r"12 missing \(transformer_encoder.transformer.resblocks.2.attn.in_proj_bias, .*, ...\); give",
+        ),
+        (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "width": 128}), r"of another shape"),
+        (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "window_size": 7}), "window_size is 7"),
+        (
+            lambda file: checkpoint(GRM(**SMALL), visual=without(VISUAL, "width")),
+            "no complete configuration of a GRM .*'width'",
+        ),
+    ],
+)
 def test_other_files_get_one_sentence(save, tmp_path, change, message):
     source = save(change(checkpoint(GRM(**SMALL))))
     with pytest.raises(ValueError, match=message) as error:

@@ -26,8 +26,12 @@ def run(tmp_path):
         executable(tmp_path / "nproc", f"echo {cores}")
         inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
         result = subprocess.run(
-            ["bash", str(ROOT / "carve3d_train.sh"), *arguments], capture_output=True, text=True, cwd=tmp_path,
-            env={**inherited, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CARVE3D_DRY_RUN": "1", **environment})
+            ["bash", str(ROOT / "carve3d_train.sh"), *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**inherited, "PATH": f"{tmp_path}:{os.environ['PATH']}", "CARVE3D_DRY_RUN": "1", **environment},
+        )
         return result.returncode, result.stdout.strip(), result.stderr.strip()
 
     return run
@@ -41,8 +45,9 @@ def test_scripts_are_valid_bash(script):
 def test_no_argument_runs_the_small_world_on_the_cpu(run):
     code, command, _ = run(cores=8)
     assert code == 0 and command.startswith("OMP_NUM_THREADS=4 ")
-    assert command.endswith("torch.distributed.run --standalone --nproc_per_node 2 carve3d_train.py "
-                            "--config config/tiny.py")
+    assert command.endswith(
+        "torch.distributed.run --standalone --nproc_per_node 2 carve3d_train.py --config config/tiny.py"
+    )
     assert "--nproc_per_node 1 " in run(cores=1)[1]
 
 
@@ -65,8 +70,14 @@ def test_cluster_form(run):
     cluster = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "RANK": "3"}
     code, command, _ = run("6", "--config.seed=1", gpus=8, **cluster)
     assert code == 0
-    for part in ("--num_machines 6", "--num_processes 48", "--machine_rank 3", "--main_process_ip node0",
-                 "--main_process_port 29500", "--config config/dgx.py:carve3d_train --config.seed=1"):
+    for part in (
+        "--num_machines 6",
+        "--num_processes 48",
+        "--machine_rank 3",
+        "--main_process_ip node0",
+        "--main_process_port 29500",
+        "--config config/dgx.py:carve3d_train --config.seed=1",
+    ):
         assert part in command
     command = run("6", "--config=config/dgx.py:data_size(10)", gpus=8, **cluster)[1]
     assert "carve3d_train.py --config=config/dgx.py:data_size(10)" in command and ":carve3d_train" not in command
@@ -104,9 +115,13 @@ def set_up(folder, too_old=0, **environment):
     bin_folder.mkdir(exist_ok=True)
     for name in ("python3.11", "python3", "python3.12", "python3.13"):
         executable(bin_folder / name, FAKE_PYTHON.format(too_old=too_old))
-    return subprocess.run(["bash", "-c", f"set -euo pipefail; source {ROOT}/setup_env.sh; setup_env; echo ready"],
-                          cwd=folder, capture_output=True, text=True,
-                          env={"PATH": f"{bin_folder}:{os.environ['PATH']}", **environment})
+    return subprocess.run(
+        ["bash", "-c", f"set -euo pipefail; source {ROOT}/setup_env.sh; setup_env; echo ready"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={"PATH": f"{bin_folder}:{os.environ['PATH']}", **environment},
+    )
 
 
 def test_set_up_installs_once_and_again_when_requirements_change(tmp_path):

@@ -65,7 +65,9 @@ def test_cameras_and_rays_are_those_of_the_public_code():
     rays = lgm_pluecker(cameras, 256)
     assert (lgm_pluecker(cameras, 20) - tensors["elev0/plucker20"]).abs().max() < 1e-6
     assert (rays[..., ::16, ::16] - tensors["elev0/plucker256_sub16"]).abs().max() < 1e-6
-    assert (rays.double().sum((-1, -2)) - tensors["elev0/plucker256_sum"]).abs().max() < 0.02  # of 65536 float32 numbers
+    assert (
+        rays.double().sum((-1, -2)) - tensors["elev0/plucker256_sum"]
+    ).abs().max() < 0.02  # of 65536 float32 numbers
 
 
 def test_axes():
@@ -107,8 +109,14 @@ def test_the_scene_lies_where_the_cameras_look():
 
 def test_loading(tmp_path, monkeypatch):
     model, tensors = golden("a")
-    options = dict(down_channels=(32, 64, 64), down_attention=(False, True, True), up_channels=(64, 64),
-                   up_attention=(True, False), splat_size=16, input_size=32)
+    options = dict(
+        down_channels=(32, 64, 64),
+        down_attention=(False, True, True),
+        up_channels=(64, 64),
+        up_attention=(True, False),
+        splat_size=16,
+        input_size=32,
+    )
     monkeypatch.setitem(recon.lgm.OPTIONS, "golden", options)
     file = tmp_path / "weights.safetensors"
     save_file({key: value.half() for key, value in model.state_dict().items()}, file)
@@ -146,7 +154,9 @@ def test_the_public_pair_fits():
     validate(config, 8, "cuda")
     check_cameras(config)
     config.painter.elevation = 15.0
-    with pytest.raises(ValueError, match=r"elevations are 15/15/15/15 .* 0/0/0/0 for the sculptor; set config.painter.elevation"):
+    with pytest.raises(
+        ValueError, match=r"elevations are 15/15/15/15 .* 0/0/0/0 for the sculptor; set config.painter.elevation"
+    ):
         check_cameras(config)
 
 

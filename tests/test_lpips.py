@@ -23,8 +23,11 @@ def golden_pair(n):
 @pytest.mark.parametrize("n", range(4))
 def test_golden_distances(lpips, n):
     a, b = golden_pair(n)
-    for key, result in (("distance", lpips(a, b)), ("distance_torchmetrics_1_2_1", lpips(a, b)),
-                        ("per_layer", lpips._per_layer(a, b)[:, 0])):
+    for key, result in (
+        ("distance", lpips(a, b)),
+        ("distance_torchmetrics_1_2_1", lpips(a, b)),
+        ("per_layer", lpips._per_layer(a, b)[:, 0]),
+    ):
         torch.testing.assert_close(result, TENSORS[f"{n}/{key}"], atol=1e-5, rtol=1e-4)
 
 

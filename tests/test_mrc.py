@@ -25,7 +25,7 @@ def lpips():
 def views_with_square(sizes, image_size=64):
     """One sample of white views, each with a grey square of the given side."""
     views = torch.ones(1, len(sizes), 3, image_size, image_size)
-    for view, size in zip(views[0], sizes):
+    for view, size in zip(views[0], sizes, strict=True):
         view[:, 10 : 10 + size, 10 : 10 + size] = 0.5
     return views
 
@@ -79,7 +79,8 @@ def test_an_empty_view_cannot_win(lpips):
 
 
 def test_a_dot_is_as_good_as_nothing(lpips):
-    """By default a view needs 0.5 % of foreground: views of 1 and of 18 pixels of 4096 count as empty, one of 46 does not."""
+    """By default a view needs 0.5 % of foreground: views of 1 and of 18 pixels of 4096 count as empty, one of 46 does
+    not."""
     result = score_views(VIEWS, RENDERS, lpips)
     assert result.empty.nonzero().tolist() == [[1, 2], [1, 3], [2, 2]]
     assert result.reward[1:].tolist() == [-1.0, -1.0]

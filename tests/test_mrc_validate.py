@@ -34,7 +34,10 @@ def test_mrc_rises_with_what_contradicts(tmp_path):
     config = resolve(tiny.get_config(), 1)
     judge = MRC(load_reconstructor(config.recon), LPIPS(), render_size=64)
     results = experiment(judge, 4, 64, [("rotation", 40.0), ("another object", 1.0)])
-    mean = lambda kind, strength: sum(results[kind][strength]) / 4
+
+    def mean(kind, strength):
+        return sum(results[kind][strength]) / 4
+
     assert mean("none", 0.0) < 0.05
     assert 1.5 * mean("none", 0.0) < mean("rotation", 40.0) < mean("another object", 1.0)
 

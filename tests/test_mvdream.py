@@ -27,8 +27,13 @@ from tiny.train_painter import make_tokenizer
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "mvdream_manifest.json").read_text())
 SCHEDULER = DDIMScheduler(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1, clip_sample=False,
-    set_alpha_to_one=False)
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    steps_offset=1,
+    clip_sample=False,
+    set_alpha_to_one=False,
+)
 
 
 def golden_unet(name):
@@ -76,8 +81,11 @@ def test_weights_that_are_missing_unknown_or_of_another_shape_are_listed():
     weights["out.2.bias"] = torch.empty(8, device="meta")
     with pytest.raises(ValueError) as error:
         convert_mvdream_unet(weights)
-    for part in ("1 missing (camera_embed.0.weight)", "1 unknown (image_embed.proj.weight)",
-                 "1 of another shape (out.2.bias: (8,) instead of (4,))"):
+    for part in (
+        "1 missing (camera_embed.0.weight)",
+        "1 unknown (image_embed.proj.weight)",
+        "1 of another shape (out.2.bias: (8,) instead of (4,))",
+    ):
         assert part in str(error.value)
 
 
@@ -87,8 +95,11 @@ def golden_policy():
     data = load_file(GOLDEN / "mvdream_tiny_a_ddim.safetensors")
     model = torch.nn.Identity()
     cameras = mvdream_cameras(elevation=0.0, azimuth_start=90.0)
-    policy = MVDream(SimpleNamespace(unet=unet, vae=model, text_encoder=model, scheduler=SCHEDULER),
-                     cameras, mvdream_camera_vectors(cameras))
+    policy = MVDream(
+        SimpleNamespace(unet=unet, vae=model, text_encoder=model, scheduler=SCHEDULER),
+        cameras,
+        mvdream_camera_vectors(cameras),
+    )
     policy._negative = data["in/uncond_context"][:1]
     return policy, data
 
@@ -124,10 +135,17 @@ def test_cameras_are_those_of_the_public_code():
 def test_cameras_see_known_points_where_they_should(elevation, azimuth):
     cameras = mvdream_cameras(elevation, azimuth)
     up, centre = torch.tensor([0.0, 0.0, 0.2]), torch.zeros(3)
-    beside = torch.stack([torch.deg2rad(cameras.azimuth + 90).cos(), torch.deg2rad(cameras.azimuth + 90).sin(),
-                          torch.zeros(4)], -1) * 0.2  # of each camera: a point to its right
+    beside = (
+        torch.stack(
+            [torch.deg2rad(cameras.azimuth + 90).cos(), torch.deg2rad(cameras.azimuth + 90).sin(), torch.zeros(4)], -1
+        )
+        * 0.2
+    )  # of each camera: a point to its right
     for view in range(4):
-        at, depth = project(torch.stack([centre, up, beside[view]]), Cameras(cameras.c2w[view:view + 1], cameras.fxfycxcy[view:view + 1]))
+        at, depth = project(
+            torch.stack([centre, up, beside[view]]),
+            Cameras(cameras.c2w[view : view + 1], cameras.fxfycxcy[view : view + 1]),
+        )
         at = at[0]
         assert torch.allclose(at[0], torch.tensor([0.5, 0.5]), atol=1e-5) and abs(depth[0, 0] - 1.5) < 1e-5
         assert abs(at[1, 0] - 0.5) < 1e-5 and at[1, 1] < 0.45  # up is up in the image
@@ -152,8 +170,17 @@ def ldm():
     for key, value in load_file(unet_file).items():
         if key.startswith("w/"):
             weights["model.diffusion_model." + key[2:]] = value
-    text = {key: configs["text_encoder"][key] for key in (
-        "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "bos_token_id", "eos_token_id")}
+    text = {
+        key: configs["text_encoder"][key]
+        for key in (
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "vocab_size",
+            "bos_token_id",
+            "eos_token_id",
+        )
+    }
     configs["text_encoder"] = text | {"num_hidden_layers": configs["text_encoder"]["num_hidden_layers"] - 1}
     golden = {key.removeprefix("golden/"): value for key, value in data.items() if key.startswith("golden/")}
     return SimpleNamespace(weights=weights, golden=golden, **configs)
@@ -167,12 +194,15 @@ def tokenizer(tmp_path_factory):
 
 
 def from_ldm(ldm, file, tokenizer):
-    return load_mvdream_pipeline(file, tokenizer=str(tokenizer), unet=ldm.unet, vae=ldm.vae, text_encoder=ldm.text_encoder)
+    return load_mvdream_pipeline(
+        file, tokenizer=str(tokenizer), unet=ldm.unet, vae=ldm.vae, text_encoder=ldm.text_encoder
+    )
 
 
 def same_unet(pipeline, ldm):
     reference = convert_mvdream_unet(
-        {key: value for key, value in ldm.weights.items() if key.startswith("model.")}, **ldm.unet).state_dict()
+        {key: value for key, value in ldm.weights.items() if key.startswith("model.")}, **ldm.unet
+    ).state_dict()
     return all(torch.equal(value.float(), reference[key].float()) for key, value in pipeline.unet.state_dict().items())
 
 
@@ -195,8 +225,10 @@ def ashawkey_folder(ldm, pipeline, folder):
     for old in (folder / "unet").iterdir():
         old.unlink()
     prefix = "model.diffusion_model."
-    save_file({key.removeprefix(prefix): value.contiguous() for key, value in ldm.weights.items() if key.startswith(prefix)},
-              folder / "unet" / "diffusion_pytorch_model.safetensors")
+    save_file(
+        {key.removeprefix(prefix): value.contiguous() for key, value in ldm.weights.items() if key.startswith(prefix)},
+        folder / "unet" / "diffusion_pytorch_model.safetensors",
+    )
     (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "MultiViewUNetModel", **ldm.ldm_unet}))
     return folder
 
@@ -233,9 +265,15 @@ def test_the_command_writes_a_stock_pipeline(ldm, tokenizer, tmp_path, monkeypat
     assert same_unet(StableDiffusionPipeline.from_pretrained(tmp_path / "stock", local_files_only=True), ldm)
 
 
-@pytest.mark.parametrize("what, message", [
-    ("truncated", "download it again"), ("code", "could not be read"), ("another", "model.diffusion_model"),
-    ("no tokenizer", "has no vocab.json")])
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("truncated", "download it again"),
+        ("code", "could not be read"),
+        ("another", "model.diffusion_model"),
+        ("no tokenizer", "has no vocab.json"),
+    ],
+)
 def test_bad_files_get_one_sentence(ldm, tokenizer, tmp_path, what, message):
     file = tmp_path / "sd-v2.1-base-4view.pt"
     torch.save(ldm.weights if what != "another" else {"linear.weight": torch.ones(2)}, file)
@@ -261,9 +299,18 @@ def world(tmp_path_factory):
 def mvdream_run(world, tmp_path_factory):
     """Samples are painted and learnt one by one, so that both see the same batches."""
     logdir = tmp_path_factory.mktemp("run")
-    values = settings(world, logdir, **AS_MVDREAM, pretrained__model=str(world / "mvdream"), num_epochs=2,
-                      sample__batch_size=1, train__batch_size=1, sample__total_batch_size=4, train__total_batch_size=4,
-                      per_prompt_stat_tracking__min_count=1)
+    values = settings(
+        world,
+        logdir,
+        **AS_MVDREAM,
+        pretrained__model=str(world / "mvdream"),
+        num_epochs=2,
+        sample__batch_size=1,
+        train__batch_size=1,
+        sample__total_batch_size=4,
+        train__total_batch_size=4,
+        per_prompt_stat_tracking__min_count=1,
+    )
     assert children.run(children.train, values) == 0
     return logdir / "run"
 
@@ -333,7 +380,10 @@ def test_the_negative_prompt_is_heard(world):
 
 def test_a_prompt_that_is_too_long_is_cut_with_one_warning(world, caplog):
     policy = load_policy(world)
-    truncated = lambda: [text for text in caplog.messages if "truncated" in text and "red cube" in text]
+
+    def truncated():
+        return [text for text in caplog.messages if "truncated" in text and "red cube" in text]
+
     logging.enable_propagation()
     try:
         policy.encode(["a red cube " * 40])

@@ -37,10 +37,18 @@ def golden_config(name):
         config = json.loads(file.metadata()["config"])
     encoder = config.pop("enc")
     overrides = dict(
-        hidden_size=encoder["dim"], num_hidden_layers=encoder["depth"], num_attention_heads=encoder["heads"],
-        image_size=encoder["img_size"])
-    return dict(config, encoder_model_name="dinov2_vits14_reg", encoder_feat_dim=encoder["dim"],
-                input_size={"a": 56, "b": 70}[name], encoder_overrides=overrides)
+        hidden_size=encoder["dim"],
+        num_hidden_layers=encoder["depth"],
+        num_attention_heads=encoder["heads"],
+        image_size=encoder["img_size"],
+    )
+    return dict(
+        config,
+        encoder_model_name="dinov2_vits14_reg",
+        encoder_feat_dim=encoder["dim"],
+        input_size={"a": 56, "b": 70}[name],
+        encoder_overrides=overrides,
+    )
 
 
 def golden_weights(data):
@@ -99,19 +107,24 @@ def as_images(values, views):
     return values.unflatten(1, (views, RENDER_SIZE, RENDER_SIZE)).permute(0, 1, 4, 2, 3)
 
 
-@pytest.mark.parametrize("name, options", [
-    ("render_q25", dict(jitter=0.25)),
-    ("render_mid", dict(jitter=0.5)),
-    ("render_q25_coarse_only", dict(jitter=0.25, fine=False)),
-    ("render_mid_coarse_only", dict(jitter=0.5, fine=False)),
-    ("render_noise", dict(jitter="in/noise_stratified", u="in/noise_importance")),
-    ("render_mid_region5_anchor3_5_bg.25", dict(jitter=0.5, background=0.25)),
-])
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("render_q25", dict(jitter=0.25)),
+        ("render_mid", dict(jitter=0.5)),
+        ("render_q25_coarse_only", dict(jitter=0.25, fine=False)),
+        ("render_mid_coarse_only", dict(jitter=0.5, fine=False)),
+        ("render_noise", dict(jitter="in/noise_stratified", u="in/noise_importance")),
+        ("render_mid_region5_anchor3_5_bg.25", dict(jitter=0.5, background=0.25)),
+    ],
+)
 def test_renders(golden, name, options):
     model, data = golden
     B, M = data["in/render_cameras"].shape[:2]
-    given = {key: data[value].unflatten(0, (B, M)).flatten(1, 2) if isinstance(value, str) else value
-             for key, value in options.items()}
+    given = {
+        key: data[value].unflatten(0, (B, M)).flatten(1, 2) if isinstance(value, str) else value
+        for key, value in options.items()
+    }
     colour, alpha = model.render_rays(data["out/planes"], *golden_rays(data), **given)
     colour, alpha = as_images(colour, M), as_images(alpha[..., None], M)
     if "region" in name:  # a part of the picture is the picture of a part of the rays
@@ -221,7 +234,8 @@ def test_half_precision_stops_at_the_planes():
     decoder = [parameter.clone() for parameter in model.decoder.parameters()]
     model = model.set_dtype(torch.bfloat16)
     assert {key for key, value in model.state_dict().items() if value.dtype != torch.bfloat16} == {
-        key for key in model.state_dict() if key.startswith("decoder.")}
+        key for key in model.state_dict() if key.startswith("decoder.")
+    }
     assert all(map(torch.equal, decoder, model.decoder.parameters()))
     scene = model.reconstruct(torch.rand(1, 4, 3, 70, 70), model.cameras)
     images, _ = model.render(scene, model.cameras, 4)
@@ -254,7 +268,7 @@ def test_the_source_is_moved_to_its_place(distance):
     points = torch.rand(20, 3) - 0.5  # move with the cameras: every camera sees them where it saw them before
     transform = CAMERAS[f"normalized/{name}_transform"]
     there = points @ transform[:3, :3].T + transform[:3, 3]
-    for before, after in zip(project(points, cameras), project(there, moved)):
+    for before, after in zip(project(points, cameras), project(there, moved), strict=True):
         assert torch.allclose(before, after, atol=1e-5)
 
 
@@ -301,7 +315,8 @@ def test_the_full_size_has_the_published_keys_and_shapes(size):
     weights = {key: torch.empty(shape, device="meta") for key, shape in published.items()}
     converted = convert_openlrm(weights, model)
     assert {key: value.shape for key, value in converted.items()} == {
-        key: value.shape for key, value in model.state_dict().items()}
+        key: value.shape for key, value in model.state_dict().items()
+    }
     assert sum(value.numel() for value in converted.values()) == sum(math.prod(shape) for shape in published.values())
 
 
@@ -330,6 +345,7 @@ def test_a_published_folder(folder, model):
 def replace_weights(change):
     def spoil(path, weights):
         save_file(change(weights), path / "model.safetensors")
+
     return spoil
 
 
@@ -341,24 +357,31 @@ def truncate(path, _):
 def configure(**entries):
     def spoil(path, _):
         (path / "config.json").write_text(json.dumps(dict(golden_config("a"), **entries)))
+
     return spoil
 
 
-@pytest.mark.parametrize("spoil, error, sentence", [
-    (lambda path, _: (path / "config.json").unlink(), FileNotFoundError, "has no config.json: give"),
-    (lambda path, _: (path / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors: give"),
-    (lambda path, _: (path / "config.json").write_text("{"), ValueError, "config.json is not the configuration of"),
-    (configure(num_views=4), ValueError, "config.json is not the configuration of .*num_views"),
-    (configure(encoder_type="dino"), ValueError, "encoder is 'dino' .* give a model of version 1.1"),
-    (configure(encoder_feat_dim=384), ValueError, "encoder_feat_dim = 384 must be the width of its encoder, 24"),
-    (configure(triplane_high_res=64), ValueError, "triplane_high_res = 64 must be twice triplane_low_res = 6"),
-    (configure(input_size=None), ValueError, "not for 32: give input_size"),
-    (truncate, ValueError, "model.safetensors could not be read .* download it again"),
-    (replace_weights(lambda weights: dict(list(weights.items())[: len(weights) // 2])), ValueError,
-     r"not the weights of this OpenLRM: \d+ missing .* Give the model.safetensors"),
-    (replace_weights(lambda _: {"conv_in.weight": torch.zeros(2)}), ValueError, r"1 unknown \(conv_in.weight\)"),
-    (configure(triplane_dim=4), ValueError, r"of another shape .*upsampler.bias: \(8,\) instead of \(4,\)"),
-])
+@pytest.mark.parametrize(
+    "spoil, error, sentence",
+    [
+        (lambda path, _: (path / "config.json").unlink(), FileNotFoundError, "has no config.json: give"),
+        (lambda path, _: (path / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors: give"),
+        (lambda path, _: (path / "config.json").write_text("{"), ValueError, "config.json is not the configuration of"),
+        (configure(num_views=4), ValueError, "config.json is not the configuration of .*num_views"),
+        (configure(encoder_type="dino"), ValueError, "encoder is 'dino' .* give a model of version 1.1"),
+        (configure(encoder_feat_dim=384), ValueError, "encoder_feat_dim = 384 must be the width of its encoder, 24"),
+        (configure(triplane_high_res=64), ValueError, "triplane_high_res = 64 must be twice triplane_low_res = 6"),
+        (configure(input_size=None), ValueError, "not for 32: give input_size"),
+        (truncate, ValueError, "model.safetensors could not be read .* download it again"),
+        (
+            replace_weights(lambda weights: dict(list(weights.items())[: len(weights) // 2])),
+            ValueError,
+            r"not the weights of this OpenLRM: \d+ missing .* Give the model.safetensors",
+        ),
+        (replace_weights(lambda _: {"conv_in.weight": torch.zeros(2)}), ValueError, r"1 unknown \(conv_in.weight\)"),
+        (configure(triplane_dim=4), ValueError, r"of another shape .*upsampler.bias: \(8,\) instead of \(4,\)"),
+    ],
+)
 def test_files_that_cannot_be_used_are_refused_in_one_sentence(folder, spoil, error, sentence):
     spoil(*folder)
     with pytest.raises(error, match=sentence):

@@ -26,8 +26,14 @@ def test_golden_losses(name):
         for j in range(case["num_train_timesteps"]):
             sample, step = perm[rows], perms[rows, j]
             loss, info = ppo_loss(
-                log_probs[m, j], TENSORS["rollout/log_probs"][sample, step], TENSORS["rollout/advantages"][sample],
-                case["clip_range"], case["adv_clip_max"], TENSORS["rollout/log_probs_reference"][sample, step], kl_beta)
+                log_probs[m, j],
+                TENSORS["rollout/log_probs"][sample, step],
+                TENSORS["rollout/advantages"][sample],
+                case["clip_range"],
+                case["adv_clip_max"],
+                TENSORS["rollout/log_probs_reference"][sample, step],
+                kl_beta,
+            )
             expected = {key: TENSORS[f"{name}/{key}"][m, j] for key in ("loss", "approx_kl", "clipfrac", "kl")}
             assert torch.isclose(loss, expected["loss"], atol=2e-5, rtol=0)
             assert torch.isclose(info["approx_kl"], expected["approx_kl"], rtol=1e-3, atol=1e-10)
@@ -64,8 +70,9 @@ def test_weight_scales_each_sample_and_leaves_the_info_alone():
     torch.manual_seed(0)
     log_prob, old, reference = 1e-4 * torch.randn(3, 4)
     a, weight = torch.randn(2, 4)
-    each = torch.stack([ppo_loss(*(x[i : i + 1] for x in (log_prob, old, a)), 1e-4, 5, reference[i : i + 1], 0.3)[0]
-                        for i in range(4)])
+    each = torch.stack(
+        [ppo_loss(*(x[i : i + 1] for x in (log_prob, old, a)), 1e-4, 5, reference[i : i + 1], 0.3)[0] for i in range(4)]
+    )
     loss, info = ppo_loss(log_prob, old, a, 1e-4, 5, reference, 0.3, weight)
     assert torch.isclose(loss, (weight * each).mean(), rtol=1e-6)
     assert all(torch.equal(info[k], v) for k, v in ppo_loss(log_prob, old, a, 1e-4, 5, reference, 0.3)[1].items())

@@ -43,8 +43,15 @@ def test_json_library_and_plain_list(tmp_path):
     assert load_prompts(library) == ["a bear"]
 
 
-@pytest.mark.parametrize("content, match", [("{", "is not JSON"), ('{"magic": []}', "not 'dreamfusion'"),
-                                            ('{"dreamfusion": [1]}', "list of texts"), ("[]", "has no prompts")])
+@pytest.mark.parametrize(
+    "content, match",
+    [
+        ("{", "is not JSON"),
+        ('{"magic": []}', "not 'dreamfusion'"),
+        ('{"dreamfusion": [1]}', "list of texts"),
+        ("[]", "has no prompts"),
+    ],
+)
 def test_broken_json_is_refused(tmp_path, content, match):
     (tmp_path / "library.json").write_text(content)
     with pytest.raises(ValueError, match=match):

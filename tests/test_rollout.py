@@ -32,8 +32,15 @@ def golden_rollout(run):
     generator = torch.Generator().manual_seed(SEEDS[run]) if run == "B" else None
     torch.manual_seed(SEEDS[run])
     return policy, rollout(
-        policy, PROMPTS, settings["num_inference_steps"], settings["guidance_scale"], settings["eta"], generator,
-        reference=settings["unet_reference"], latents=None if run == "B" else golden(run, "initial_latents"))
+        policy,
+        PROMPTS,
+        settings["num_inference_steps"],
+        settings["guidance_scale"],
+        settings["eta"],
+        generator,
+        reference=settings["unet_reference"],
+        latents=None if run == "B" else golden(run, "initial_latents"),
+    )
 
 
 @pytest.mark.parametrize("run", ["A", "B", "C"])
@@ -78,10 +85,16 @@ def test_golden_first_prediction():
 
 def test_a_sample_does_not_depend_on_its_batch():
     policy = golden_policy()
-    generators = lambda: [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+
+    def generators():
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2, 3)]
+
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0]]
     together = rollout(policy, prompts, 3, 5.0, generator=generators())
-    alone = [rollout(golden_policy(), [prompt], 3, 5.0, generator=[one]) for prompt, one in zip(prompts, generators())]
+    alone = [
+        rollout(golden_policy(), [prompt], 3, 5.0, generator=[one])
+        for prompt, one in zip(prompts, generators(), strict=True)
+    ]
     assert torch.equal(together.latents[:, 0], torch.cat([one.latents[:, 0] for one in alone]))
     assert torch.allclose(together.latents, torch.cat([one.latents for one in alone]), atol=1e-5)
     assert not torch.equal(together.latents[0], together.latents[2])
@@ -102,7 +115,10 @@ def test_each_distinct_prompt_is_encoded_once_and_alike_in_any_batch():
 def test_the_reference_is_the_model_without_its_lora():
     policy = golden_policy()
     policy.add_lora(rank=4)
-    generator = lambda: torch.Generator().manual_seed(0)
+
+    def generator():
+        return torch.Generator().manual_seed(0)
+
     base = rollout(policy, PROMPTS, 3, 5.0, generator=generator(), reference=True)
     assert torch.equal(base.log_probs, base.log_probs_reference)  # B = 0: the LoRA does nothing yet
     with torch.no_grad():

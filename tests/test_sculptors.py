@@ -22,11 +22,19 @@ from tests.test_grm import SMALL
 from tests.test_openlrm import golden_config
 from tiny.objects import build, render
 
-SMALL_LGM = dict(input_size=32, down_channels=(32, 64), down_attention=(False, True), up_channels=(64, 32),
-                 up_attention=(True, False), splat_size=32)
+SMALL_LGM = dict(
+    input_size=32,
+    down_channels=(32, 64),
+    down_attention=(False, True),
+    up_channels=(64, 32),
+    up_attention=(True, False),
+    splat_size=32,
+)
 SCULPTORS = {
     "tiny_lrm": lambda: TinyLRM(width=8, volume=8, voxel_channels=4, plane_width=32, plane_channels=4, hidden=16),
-    "lgm": lambda: LGM(**SMALL_LGM), "grm": lambda: GRM(**SMALL), "openlrm": lambda: OpenLRM(**golden_config("a")),
+    "lgm": lambda: LGM(**SMALL_LGM),
+    "grm": lambda: GRM(**SMALL),
+    "openlrm": lambda: OpenLRM(**golden_config("a")),
 }
 
 

@@ -17,7 +17,8 @@ from tiny.objects import build, fixed_views
 
 
 def ball(points):
-    """A ball of radius 0.6 whose density falls by 100 per unit length and is 10 at its surface; its colour is the place."""
+    """A ball of radius 0.6 whose density falls by 100 per unit length and is 10 at its surface; its colour is the
+    place."""
     return (0.6 - points.norm(dim=-1)) * 100 + 10, (points + 1) / 2
 
 
@@ -54,7 +55,7 @@ def pictures(tmp_path):
     """Files of the four views of an object, the third with a transparent background."""
     views = fixed_views(build(["a red cube on top of a blue sphere"], torch.Generator().manual_seed(3)))[0]
     files = [tmp_path / f"view{i}.png" for i in range(4)]
-    for i, (file, view) in enumerate(zip(files, views)):
+    for i, (file, view) in enumerate(zip(files, views, strict=True)):
         picture = Image.fromarray((view * 255).round().byte().permute(1, 2, 0).numpy())
         if i == 2:
             picture.putalpha(Image.fromarray(((view < 0.999).any(0).byte() * 255).numpy()))

@@ -22,7 +22,15 @@ from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
 from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
 from tiny.objects import (
-    COLOURS, SHAPES, Primitives, all_captions, build, fixed_views, parse_caption, random_caption, render,
+    COLOURS,
+    SHAPES,
+    Primitives,
+    all_captions,
+    build,
+    fixed_views,
+    parse_caption,
+    random_caption,
+    render,
 )
 from tiny.training import WEIGHTS
 
@@ -32,8 +40,12 @@ SPLIT = caption_files.split()
 def single(shape, half=0.5, centre=(0.0, 0.0, 0.0), yaw=0.0):
     """One gray primitive."""
     return Primitives(
-        torch.tensor([[SHAPES.index(shape)]]), torch.full((1, 1, 3), 0.5), torch.tensor([[centre]]),
-        torch.tensor([[half]]), torch.tensor([yaw]))
+        torch.tensor([[SHAPES.index(shape)]]),
+        torch.full((1, 1, 3), 0.5),
+        torch.tensor([[centre]]),
+        torch.tensor([[half]]),
+        torch.tensor([yaw]),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +172,10 @@ def test_a_defect_spoils_one_view_and_its_detector_finds_it(kind, world):
 @pytest.mark.parametrize("kind", ["colour", "size", "other"])  # a hidden part and a missing one are hard to tell apart
 def test_detectors_bear_soft_pictures(kind, world):
     captions, objects, views = world
-    soft = lambda x: F.avg_pool2d(F.pad(x.flatten(0, 1), [1] * 4, value=1.0), 3, stride=1).reshape(x.shape)
+
+    def soft(x):
+        return F.avg_pool2d(F.pad(x.flatten(0, 1), [1] * 4, value=1.0), 3, stride=1).reshape(x.shape)
+
     spoilt = spoil(kind, objects, captions, views, torch.Generator().manual_seed(0))
     assert is_defective(kind, soft(views)).float().mean() < 0.05
     assert (~is_defective(kind, soft(spoilt))).float().mean() < 0.05
@@ -168,7 +183,10 @@ def test_detectors_bear_soft_pictures(kind, world):
 
 def test_defects_are_reproducible(world):
     captions, objects, views = world
-    draw = lambda seed: spoil("other", objects[:4], captions[:4], views[:4], torch.Generator().manual_seed(seed))
+
+    def draw(seed):
+        return spoil("other", objects[:4], captions[:4], views[:4], torch.Generator().manual_seed(seed))
+
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
@@ -248,16 +266,23 @@ def test_a_run_is_judged_from_its_validation_files(world, tmp_path):
     spoilt = spoil("colour", objects, captions, views, torch.Generator().manual_seed(0))
     (tmp_path / "validation").mkdir()
     for epoch, pictures in ((0, spoilt), (5, spoilt), (20, views)):
-        np.savez(tmp_path / "validation" / f"epoch_{epoch:04d}.npz", views=(255 * pictures).byte().numpy(),
-                 rewards=np.full(8, epoch - 20.0), prompts=np.array(captions))
+        np.savez(
+            tmp_path / "validation" / f"epoch_{epoch:04d}.npz",
+            views=(255 * pictures).byte().numpy(),
+            rewards=np.full(8, epoch - 20.0),
+            prompts=np.array(captions),
+        )
     result = evaluate_run(tmp_path, "colour", Classifier())
     assert result["files"] == ["epoch_0000.npz", "epoch_0020.npz"] and result["samples"] == 8
     assert result["defective"]["before"] == 1 and result["defective"]["after"] == 0
     assert result["reward"]["difference"] == 20
     assert json.loads((tmp_path / "judgement.json").read_text())["bad_grids_repaired"]["share"] == 1
 
-    lines = [{"kind": kind, "epoch": epoch, "reward_mean": epoch - 20.0, "reward_standard_error": 1.0}
-             for kind in ("epoch", "validation") for epoch in (0, 5, 20)]
+    lines = [
+        {"kind": kind, "epoch": epoch, "reward_mean": epoch - 20.0, "reward_standard_error": 1.0}
+        for kind in ("epoch", "validation")
+        for epoch in (0, 5, 20)
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert "| -20.000 ± 0.000 | 0.000 ± 0.000 | +100.0 % |" in compare_runs.row("run", result)
     compare_runs.draw([tmp_path], tmp_path / "curves.png")

@@ -52,8 +52,9 @@ def without_seconds(lines):
 def command_line(program, *arguments, **environment):
     """Run a command from the repository's root: the finished process."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run([sys.executable, *program, *arguments], cwd=ROOT, env=env, capture_output=True, text=True,
-                          timeout=DEADLINE)
+    return subprocess.run(
+        [sys.executable, *program, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE
+    )
 
 
 def same_files(folder, other, pattern):
@@ -67,11 +68,28 @@ def same_files(folder, other, pattern):
 
 def test_a_run_leaves_its_folder_as_promised(whole_run):
     assert sorted(path.name for path in whole_run.iterdir()) == [
-        "checkpoint_0000", "checkpoint_0001", "checkpoint_0002", "checkpoint_0003", "config.json", "curves.png",
-        "final", "lora", "metrics.jsonl", "samples", "validation"]
+        "checkpoint_0000",
+        "checkpoint_0001",
+        "checkpoint_0002",
+        "checkpoint_0003",
+        "config.json",
+        "curves.png",
+        "final",
+        "lora",
+        "metrics.jsonl",
+        "samples",
+        "validation",
+    ]
     assert [(line["kind"], line["epoch"]) for line in metrics(whole_run)] == [
-        ("validation", 0), ("epoch", 0), ("epoch", 1), ("update", 1), ("validation", 2), ("epoch", 2), ("update", 2),
-        ("validation", 3)]
+        ("validation", 0),
+        ("epoch", 0),
+        ("epoch", 1),
+        ("update", 1),
+        ("validation", 2),
+        ("epoch", 2),
+        ("update", 2),
+        ("validation", 3),
+    ]
     assert json.loads((whole_run / "config.json").read_text())["train"]["gradient_accumulation_steps"] == 2
     names = {path.name for path in (whole_run / "samples").iterdir()}
     validations = {f"validation_000{n}.png" for n in (0, 2, 3)}
@@ -186,8 +204,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole_run, world
     shutil.copytree(whole_run, tmp_path / "run")
     os.truncate(tmp_path / "run/checkpoint_0003/optimizer.pt", 100)
     # and with another learning rate: the configuration wins over the checkpoint
-    values = settings(world, tmp_path, resume_from=str(tmp_path / "run"), resume_previous_if_damaged=True,
-                      train__learning_rate=1e-9)
+    values = settings(
+        world, tmp_path, resume_from=str(tmp_path / "run"), resume_previous_if_damaged=True, train__learning_rate=1e-9
+    )
     assert children.run(children.train, values) == 0
     assert without_seconds(metrics(tmp_path / "run"))[:5] == without_seconds(metrics(whole_run))[:5]
     assert metrics(tmp_path / "run", "epoch")[-1]["learning_rate"] == 1e-9
@@ -202,7 +221,7 @@ def assert_learnt_alike(run, other):
     """Two runs on the same samples, up to the order in which floats are added."""
     mine, theirs = metrics(run), metrics(other)
     assert [(line["kind"], line["epoch"]) for line in mine] == [(line["kind"], line["epoch"]) for line in theirs]
-    for a, b in zip(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
         for key in ("reward_mean", "reward_std", "rewards", "kl_mean", "reward/foreground"):
             if key in b:
                 assert a[key] == pytest.approx(b[key], rel=1e-4, abs=2e-5), (b["kind"], b["epoch"], key)
@@ -218,8 +237,13 @@ def assert_learnt_alike(run, other):
 
 def test_two_processes_learn_what_one_learns(whole_run, world, tmp_path):
     """Three validation prompts for two processes."""
-    done = command_line(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"], "carve3d_train.py",
-                        "--config", "config/base.py", *flags(world, tmp_path))
+    done = command_line(
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+        "carve3d_train.py",
+        "--config",
+        "config/base.py",
+        *flags(world, tmp_path),
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nepoch   1") == 1  # one summary line, not one per process
     assert "8 = 4 at a time x 1 batches x 2 processes" in done.stdout
@@ -230,14 +254,31 @@ def test_two_processes_learn_what_one_learns(whole_run, world, tmp_path):
 
 def test_more_processes_than_validation_prompts(world, tmp_path):
     """One validation prompt, a calibrated step, two updates per epoch, a run that goes on with one process less."""
-    changes = dict(prompts__val_file=str(world / "test.txt"), num_epochs=2, train__kl_per_update=0.01,
-                   train__kl_calibration_updates=1, train__timesteps_per_forward=4)
+    changes = dict(
+        prompts__val_file=str(world / "test.txt"),
+        num_epochs=2,
+        train__kl_per_update=0.01,
+        train__kl_calibration_updates=1,
+        train__timesteps_per_forward=4,
+    )
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         port = str(sock.getsockname()[1])
-    ranks = [children.start(children.train, settings(world, tmp_path, **changes), {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}) for rank in range(2)]
+    ranks = [
+        children.start(
+            children.train,
+            settings(world, tmp_path, **changes),
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": "2",
+                "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            },
+        )
+        for rank in range(2)
+    ]
     alone = children.start(children.train, settings(world, tmp_path, run_name="alone", **changes))
     for process in (*ranks, alone):
         process.join(DEADLINE)
@@ -254,8 +295,17 @@ def test_more_processes_than_validation_prompts(world, tmp_path):
 
 def test_on_policy_ratios_are_one_to_the_last_bit(world, tmp_path):
     """Samples are painted and learnt one by one, so that both see the same batches."""
-    values = settings(world, tmp_path, num_epochs=2, sample__batch_size=1, train__batch_size=1, val_freq=5,
-                      sample__total_batch_size=4, train__total_batch_size=4, per_prompt_stat_tracking__min_count=1)
+    values = settings(
+        world,
+        tmp_path,
+        num_epochs=2,
+        sample__batch_size=1,
+        train__batch_size=1,
+        val_freq=5,
+        sample__total_batch_size=4,
+        train__total_batch_size=4,
+        per_prompt_stat_tracking__min_count=1,
+    )
     assert children.run(children.train, values) == 0
     (update,) = metrics(tmp_path / "run", "update")
     assert update["ratio_min"] == update["ratio_max"] == 1 and update["approx_kl"] == update["clipfrac"] == 0
@@ -263,10 +313,22 @@ def test_on_policy_ratios_are_one_to_the_last_bit(world, tmp_path):
 
 def test_every_weight_off_policy_with_the_kl_in_the_loss(world, tmp_path):
     values = settings(
-        world, tmp_path, num_epochs=2, use_lora=False, train__learning_rate=1e-5, kl_in_reward=False,
-        kl_per_prompt_stat_tracking=False, train__total_batch_size=4, train__num_inner_epochs=2,
-        train__timestep_fraction=0.5, reward_fn="jpeg_compressibility", recon__checkpoint="", tracker="tensorboard",
-        sample__prompt_suffix=", white background", shuffle_advantages=True)
+        world,
+        tmp_path,
+        num_epochs=2,
+        use_lora=False,
+        train__learning_rate=1e-5,
+        kl_in_reward=False,
+        kl_per_prompt_stat_tracking=False,
+        train__total_batch_size=4,
+        train__num_inner_epochs=2,
+        train__timestep_fraction=0.5,
+        reward_fn="jpeg_compressibility",
+        recon__checkpoint="",
+        tracker="tensorboard",
+        sample__prompt_suffix=", white background",
+        shuffle_advantages=True,
+    )
     assert children.run(children.train, values) == 0
     run = tmp_path / "run"
     updates = metrics(run, "update")
@@ -284,11 +346,24 @@ def test_every_weight_off_policy_with_the_kl_in_the_loss(world, tmp_path):
 def test_the_small_world_s_settings(whole_run, world, tmp_path):
     """bf16, LoRA on convolutions on top of a fused LoRA, noise weights, a calibrated step; wandb without an account."""
     values = settings(
-        world, tmp_path, mixed_precision="bf16", recon__dtype="bf16", lora__targets="attention+conv",
-        pretrained__lora=str(whole_run / "final"), train__timestep_weighting="noise", train__skip_last_steps=1,
-        train__timesteps_per_forward=2, train__kl_per_update=0.01, train__kl_calibration_updates=1,
-        kl_estimator="analytic", per_prompt_stat_tracking__buffer_size=0, kl_per_prompt_stat_tracking=False,
-        tracker="wandb", mrc__bbox_lpips=False, train__adv_clip_max=3.0)
+        world,
+        tmp_path,
+        mixed_precision="bf16",
+        recon__dtype="bf16",
+        lora__targets="attention+conv",
+        pretrained__lora=str(whole_run / "final"),
+        train__timestep_weighting="noise",
+        train__skip_last_steps=1,
+        train__timesteps_per_forward=2,
+        train__kl_per_update=0.01,
+        train__kl_calibration_updates=1,
+        kl_estimator="analytic",
+        per_prompt_stat_tracking__buffer_size=0,
+        kl_per_prompt_stat_tracking=False,
+        tracker="wandb",
+        mrc__bbox_lpips=False,
+        train__adv_clip_max=3.0,
+    )
     environment = {"HOME": str(tmp_path), "WANDB_MODE": None, "WANDB_API_KEY": None, "NETRC": None}
     assert children.run(children.train, values, environment) == 0
     run = tmp_path / "run"
@@ -304,10 +379,21 @@ def test_the_small_world_s_settings(whole_run, world, tmp_path):
 
 def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     plain = dict(sample__guidance_scale=1.0, train__cfg=False, val_freq=5)
-    no_reference = settings(world, tmp_path, run_name="no_reference", num_epochs=2, kl_penalty=False, log_kl=False,
-                            kl_in_reward=False, kl_per_prompt_stat_tracking=False, sample__save_images=0, **plain)
-    spent = settings(world, tmp_path, run_name="spent", stop_kl=1e-9, kl_estimator="analytic", num_epochs=50,
-                     save_freq=10, **plain)
+    no_reference = settings(
+        world,
+        tmp_path,
+        run_name="no_reference",
+        num_epochs=2,
+        kl_penalty=False,
+        log_kl=False,
+        kl_in_reward=False,
+        kl_per_prompt_stat_tracking=False,
+        sample__save_images=0,
+        **plain,
+    )
+    spent = settings(
+        world, tmp_path, run_name="spent", stop_kl=1e-9, kl_estimator="analytic", num_epochs=50, save_freq=10, **plain
+    )
     processes = [children.start(children.train, values) for values in (no_reference, spent)]
     for process in processes:
         process.join(DEADLINE)
@@ -326,10 +412,13 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mistake, words", [
-    ("--config.train.lerning_rate=1", "lerning_rate does not exist: did you mean config.train.learning_rate"),
-    ("--config.resume_from=nowhere", "config.resume_from = 'nowhere' does not exist"),
-])
+@pytest.mark.parametrize(
+    "mistake, words",
+    [
+        ("--config.train.lerning_rate=1", "lerning_rate does not exist: did you mean config.train.learning_rate"),
+        ("--config.resume_from=nowhere", "config.resume_from = 'nowhere' does not exist"),
+    ],
+)
 def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
     done = command_line(["carve3d_train.py"], "--config", "config/base.py", *flags(world, tmp_path), mistake)
     assert done.returncode == 1 and words in done.stderr

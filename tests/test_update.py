@@ -49,9 +49,14 @@ def golden_config(case):
 def golden_trajectory():
     stored = {key.split("/")[1]: value for key, value in TENSORS.items() if key.startswith("rollout/")}
     return Trajectory(
-        latents=stored["latents"], timesteps=stored["timesteps"], log_probs=stored["log_probs"],
-        log_probs_reference=stored["log_probs_reference"], kl_analytic=None, views=None,
-        conditioning={"prompt_embeds": stored["prompt_embeds"], "pooled": stored["add_text_embeds"]})
+        latents=stored["latents"],
+        timesteps=stored["timesteps"],
+        log_probs=stored["log_probs"],
+        log_probs_reference=stored["log_probs_reference"],
+        kl_analytic=None,
+        views=None,
+        conditioning={"prompt_embeds": stored["prompt_embeds"], "pooled": stored["add_text_embeds"]},
+    )
 
 
 def of_lora(prefix, names):
@@ -64,7 +69,7 @@ def lora_policy(prefix):
     policy = golden_policy()
     policy.add_lora(rank=GOLDEN_STEP["lora_rank"])
     names = list(policy.trainable_state())
-    policy.load_trainable_state(dict(zip(names, of_lora(prefix, names))))
+    policy.load_trainable_state(dict(zip(names, of_lora(prefix, names), strict=True)))
     policy.scheduler.set_timesteps(GOLDEN_STEP["num_inference_steps"])
     return policy
 
@@ -85,25 +90,37 @@ def test_golden_update(name, monkeypatch):
     loss_function = ddpo.update.ppo_loss
     monkeypatch.setattr(ddpo.update, "ppo_loss", recording_loss)
     after = []
-    logs = update(policy, optimizer, accelerator, golden_trajectory(), TENSORS["rollout/advantages"], config,
-                  torch.Generator().manual_seed(case["shuffle_seed"]),
-                  lambda: after.append([value.clone() for value in policy.trainable_state().values()]) or {})
+    logs = update(
+        policy,
+        optimizer,
+        accelerator,
+        golden_trajectory(),
+        TENSORS["rollout/advantages"],
+        config,
+        torch.Generator().manual_seed(case["shuffle_seed"]),
+        lambda: after.append([value.clone() for value in policy.trainable_state().values()]) or {},
+    )
 
     grid = TENSORS[f"{name}/loss"].shape  # (micro-batches, timesteps)
-    as_grid = lambda values: torch.stack(values).unflatten(0, grid)
+
+    def as_grid(values):
+        return torch.stack(values).unflatten(0, grid)
+
     assert torch.allclose(as_grid([s[0] for s in steps]), TENSORS[f"{name}/log_prob"], atol=2e-5, rtol=0)
     assert torch.allclose(as_grid([s[1] for s in steps]), TENSORS[f"{name}/loss"], atol=2e-5, rtol=0)
     for key, atol in (("approx_kl", 1e-9), ("clipfrac", 0), ("kl", 4e-5)):
         assert torch.allclose(as_grid([s[2][key] for s in steps]), TENSORS[f"{name}/{key}"], atol=atol, rtol=2e-2), key
 
     assert len(logs) == len(after) == case["optimizer_steps"]
-    for k, (log, grads, weights) in enumerate(zip(logs, accelerator.grads, after)):
+    for k, (log, grads, weights) in enumerate(zip(logs, accelerator.grads, after, strict=True)):
         assert log["grad_norm"] == pytest.approx(float(TENSORS[f"{name}/grad_norm"][k]), rel=1e-4)
         expected = of_lora(f"{name}/grad/{k}", names)
         largest = max(float(grad.abs().max()) for grad in expected)
-        for parameter, mine, theirs in zip(names, grads, expected):
+        for parameter, mine, theirs in zip(names, grads, expected, strict=True):
             assert (mine - theirs).abs().max() <= 1e-4 * largest, parameter
-        for parameter, mine, theirs, grad in zip(names, weights, of_lora(f"{name}/lora_after/{k}", names), expected):
+        for parameter, mine, theirs, grad in zip(
+            names, weights, of_lora(f"{name}/lora_after/{k}", names), expected, strict=True
+        ):
             error, clear = (mine - theirs).abs(), grad.abs() > 1e-3 * largest
             assert error.max() <= 0.1 * case["lr"], parameter
             # Adam's first step divides by |gradient|: only a gradient that is not rounding noise gives sharp weights
@@ -180,7 +197,10 @@ def test_kl_between_is_the_sum_over_steps_and_dimensions():
     torch.manual_seed(0)
     mean, other = torch.randn(2, 3, 2, 4, 8, 8, dtype=torch.float64)
     std = torch.tensor([0.5, 2.0], dtype=torch.float64).view(1, 2, 1, 1, 1).expand(3, 2, 1, 1, 1)
-    normal = lambda m: torch.distributions.Normal(m, std)
+
+    def normal(m):
+        return torch.distributions.Normal(m, std)
+
     expected = torch.distributions.kl_divergence(normal(mean), normal(other)).flatten(1).sum(1)
     assert torch.allclose(kl_between((mean, std), (other, std)), expected)
 
@@ -208,19 +228,33 @@ def test_calibration_reaches_the_wanted_kl():
     for epoch in range(4):
         calibration.start(golden_trajectory())
         rates.append(optimizer.param_groups[0]["lr"])
-        logs += update(policy, optimizer, accelerator, golden_trajectory(), TENSORS["rollout/advantages"], config,
-                       torch.Generator().manual_seed(epoch), calibration.after_update)
+        logs += update(
+            policy,
+            optimizer,
+            accelerator,
+            golden_trajectory(),
+            TENSORS["rollout/advantages"],
+            config,
+            torch.Generator().manual_seed(epoch),
+            calibration.after_update,
+        )
     assert rates[0] == config.train.learning_rate and calibration.remaining == 0
-    for log, rate, following in zip(logs, rates, rates[1:]):
+    for log, rate, following in zip(logs, rates, rates[1:], strict=False):
         factor = min(max((0.01 / log["kl_of_update"]) ** 0.5, 0.1), 10)
         assert log["next_learning_rate"] == following == pytest.approx(rate * factor)
     assert "kl_of_update" not in logs[3] and calibration.trajectory is None
     assert 0.3 < logs[2]["kl_of_update"] / 0.01 < 3
 
 
-@pytest.mark.parametrize("processes, share, expected", [
-    (1, 64, [[0, 8, 16, 24, 32, 40, 48, 56]]), (2, 32, [[0, 8, 16, 24]] * 2), (16, 4, [[0]] * 16),
-    (1, 6, [[*range(6)]])])
+@pytest.mark.parametrize(
+    "processes, share, expected",
+    [
+        (1, 64, [[0, 8, 16, 24, 32, 40, 48, 56]]),
+        (2, 32, [[0, 8, 16, 24]] * 2),
+        (16, 4, [[0]] * 16),
+        (1, 6, [[*range(6)]]),
+    ],
+)
 def test_calibration_measures_the_same_samples_for_any_number_of_processes(processes, share, expected, monkeypatch):
     picked = []
     monkeypatch.setattr(ddpo.update, "trajectory_means", lambda p, t, index, c: picked.append(index.tolist()))

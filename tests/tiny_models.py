@@ -9,7 +9,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -24,29 +30,59 @@ GOLDEN_CONFIG = json.loads((GOLDEN / "sdxl_rollout_config.json").read_text())
 LATENT = 8  # latents of 8x8: a grid of 64x64 pixels, views of 32x32
 TEXT_WIDTH = 16
 UNET = dict(
-    sample_size=LATENT, in_channels=4, out_channels=4, block_out_channels=[16, 32], layers_per_block=1,
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"], up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-    mid_block_type="UNetMidBlock2DCrossAttn", attention_head_dim=[2, 4], transformer_layers_per_block=[1, 1],
-    cross_attention_dim=2 * TEXT_WIDTH, norm_num_groups=8, use_linear_projection=True, addition_embed_type="text_time",
-    addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
+    sample_size=LATENT,
+    in_channels=4,
+    out_channels=4,
+    block_out_channels=[16, 32],
+    layers_per_block=1,
+    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
+    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
+    mid_block_type="UNetMidBlock2DCrossAttn",
+    attention_head_dim=[2, 4],
+    transformer_layers_per_block=[1, 1],
+    cross_attention_dim=2 * TEXT_WIDTH,
+    norm_num_groups=8,
+    use_linear_projection=True,
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
 )
 VAE = dict(
-    in_channels=3, out_channels=3, down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-    block_out_channels=[4, 4, 8, 8], layers_per_block=1, latent_channels=4, norm_num_groups=2, sample_size=64,
-    scaling_factor=0.13025, force_upcast=False,
+    in_channels=3,
+    out_channels=3,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    block_out_channels=[4, 4, 8, 8],
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=2,
+    sample_size=64,
+    scaling_factor=0.13025,
+    force_upcast=False,
 )
 TEXT = dict(
-    hidden_size=TEXT_WIDTH, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-    max_position_embeddings=24, projection_dim=TEXT_WIDTH,
+    hidden_size=TEXT_WIDTH,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=24,
+    projection_dim=TEXT_WIDTH,
 )
 LRM = dict(width=8, volume=8, voxel_channels=8, plane_width=32, plane_channels=4, hidden=16)
 PROMPTS = ["a red cube", "a blue sphere", "a green cone", "a yellow cylinder"]
 
 
 MVDREAM_UNET = dict(
-    sample_size=LATENT // 2, block_out_channels=[16, 32], layers_per_block=1, cross_attention_dim=TEXT_WIDTH,
-    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"], up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-    attention_head_dim=[2, 4], norm_num_groups=8, use_linear_projection=True, class_embed_type="projection",
+    sample_size=LATENT // 2,
+    block_out_channels=[16, 32],
+    layers_per_block=1,
+    cross_attention_dim=TEXT_WIDTH,
+    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+    attention_head_dim=[2, 4],
+    norm_num_groups=8,
+    use_linear_projection=True,
+    class_embed_type="projection",
     projection_class_embeddings_input_dim=16,
 )
 
@@ -55,8 +91,12 @@ class RandomPainter:
     """The parts of an SDXL pipeline that `tiny.train_painter.assemble` wants, untrained."""
 
     def __init__(self, tokenizer):
-        ids = dict(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-                   pad_token_id=tokenizer.pad_token_id)
+        ids = dict(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
         self.unet = UNet2DConditionModel(**UNET)
         self.text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT, **ids, hidden_act="quick_gelu"))
         self.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, **ids, hidden_act="gelu"))
@@ -77,12 +117,22 @@ def make_mvdream(folder):
     """Add `mvdream/`, a small MVDream with random weights in stock layout, to a world."""
     torch.manual_seed(1)
     tokenizer = make_tokenizer(folder / "tokenizer")
-    text = CLIPTextConfig(**TEXT, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text = CLIPTextConfig(
+        **TEXT,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     StableDiffusionPipeline(
-        unet=UNet2DConditionModel(**MVDREAM_UNET), vae=AutoencoderKL(**VAE), text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer, scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        unet=UNet2DConditionModel(**MVDREAM_UNET),
+        vae=AutoencoderKL(**VAE),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=tokenizer,
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     ).save_pretrained(folder / "mvdream")
     return folder
 
@@ -92,14 +142,29 @@ def settings(world, logdir, **changes):
 
     changes: other values, with __ for the dot, as in train__batch_size=2."""
     values = {
-        "run_name": "run", "logdir": str(logdir), "num_epochs": 3, "save_freq": 1, "val_freq": 2, "tracker": "none",
-        "mixed_precision": "no", "pretrained.model": str(world / "painter"), "prompts.num_train": 4,
-        "prompts.train_file": str(world / "train.txt"), "prompts.val_file": str(world / "validation.txt"),
-        "prompts.test_file": str(world / "test.txt"), "sample.num_steps": 4, "sample.total_batch_size": 8,
-        "sample.batch_size": 4, "sample.save_images": 2, "train.total_batch_size": 8, "train.batch_size": 4,
+        "run_name": "run",
+        "logdir": str(logdir),
+        "num_epochs": 3,
+        "save_freq": 1,
+        "val_freq": 2,
+        "tracker": "none",
+        "mixed_precision": "no",
+        "pretrained.model": str(world / "painter"),
+        "prompts.num_train": 4,
+        "prompts.train_file": str(world / "train.txt"),
+        "prompts.val_file": str(world / "validation.txt"),
+        "prompts.test_file": str(world / "test.txt"),
+        "sample.num_steps": 4,
+        "sample.total_batch_size": 8,
+        "sample.batch_size": 4,
+        "sample.save_images": 2,
+        "train.total_batch_size": 8,
+        "train.batch_size": 4,
         # large enough for steps that do not hang on the sign of gradients that are rounding noise
         "train.adam_epsilon": 1e-3,
-        "recon.checkpoint": str(world / "lrm"), "recon.render_size": 32, "per_prompt_stat_tracking.min_count": 2,
+        "recon.checkpoint": str(world / "lrm"),
+        "recon.render_size": 32,
+        "per_prompt_stat_tracking.min_count": 2,
         "per_prompt_stat_tracking.buffer_size": 6,
     }
     return values | {key.replace("__", "."): value for key, value in changes.items()}
@@ -120,7 +185,7 @@ class StoredTokens:
     """Stands in for a tokenizer: gives the stored ids (N, length) of the golden prompts."""
 
     def __init__(self, input_ids):
-        self.rows = dict(zip(GOLDEN_CONFIG["prompts"], input_ids))
+        self.rows = dict(zip(GOLDEN_CONFIG["prompts"], input_ids, strict=True))
         self.model_max_length = input_ids.shape[1]
 
     added_tokens_encoder = {}
@@ -149,6 +214,10 @@ def golden_policy():
         missing = [key for key in problems.missing_keys if not key.startswith(("encoder.", "quant_conv."))]
         assert not problems.unexpected_keys and not missing, (name, missing)
     pipeline = StableDiffusionXLPipeline(
-        **parts, scheduler=DDIMScheduler(**config["scheduler"]), tokenizer=StoredTokens(tokens["input_ids"]),
-        tokenizer_2=StoredTokens(tokens["input_ids_2"]), add_watermarker=False)
+        **parts,
+        scheduler=DDIMScheduler(**config["scheduler"]),
+        tokenizer=StoredTokens(tokens["input_ids"]),
+        tokenizer_2=StoredTokens(tokens["input_ids_2"]),
+        add_watermarker=False,
+    )
     return GoldenPainter(pipeline, instant3d_cameras())

@@ -24,11 +24,20 @@ class Classifier(nn.Module):
         super().__init__()
         w = width
         self.features = nn.Sequential(
-            nn.Conv2d(3, w, 4, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1), nn.GroupNorm(4, 2 * w), nn.SiLU(),
-            nn.Conv2d(2 * w, 2 * w, 3, padding=1), nn.GroupNorm(4, 2 * w), nn.SiLU(),
-            nn.Conv2d(2 * w, 3 * w, 3, stride=2, padding=1), nn.GroupNorm(4, 3 * w), nn.SiLU(),
-            nn.Conv2d(3 * w, 3 * w, 3, padding=1), nn.GroupNorm(4, 3 * w), nn.SiLU(),
+            nn.Conv2d(3, w, 4, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1),
+            nn.GroupNorm(4, 2 * w),
+            nn.SiLU(),
+            nn.Conv2d(2 * w, 2 * w, 3, padding=1),
+            nn.GroupNorm(4, 2 * w),
+            nn.SiLU(),
+            nn.Conv2d(2 * w, 3 * w, 3, stride=2, padding=1),
+            nn.GroupNorm(4, 3 * w),
+            nn.SiLU(),
+            nn.Conv2d(3 * w, 3 * w, 3, padding=1),
+            nn.GroupNorm(4, 3 * w),
+            nn.SiLU(),
         )
         self.head = nn.Linear(6 * w, len(PAIRS))
 

@@ -16,30 +16,53 @@ import matplotlib.pyplot as plt
 from tiny.classifier import Classifier
 from tiny.evaluate import evaluate_run
 
-HEADER = "| run | reward before | after | change | p | defective before | after | good ones broken | foreground | colours | classifier |"
+HEADER = (
+    "| run | reward before | after | change | p | defective before | after | good ones broken | foreground | colours "
+    "| classifier |"
+)
 
 
 def row(name, result):
     """A line of a markdown table; percentages of the reward and foreground are relative, of the rest are points."""
     reward, defective = result["reward"], result["defective"]
     broken = result["good_grids_broken"]
-    points = [f"{100 * result[key]['difference']:+.1f} ± {100 * result[key]['difference_se']:.1f}" for key in ("colours", "classifier")]
-    return " | ".join([
-        f"| {name}", f"{reward['before']:.3f} ± {reward['before_se']:.3f}", f"{reward['after']:.3f} ± {reward['after_se']:.3f}",
-        f"{100 * reward['relative']:+.1f} %", f"{reward['p']:.1g}", f"{100 * defective['before']:.0f} %",
-        f"{100 * defective['after']:.0f} %", f"{broken['count']} of {broken['of']}",
-        f"{100 * result['foreground']['relative']:+.1f} %", *points]) + " |"
+    points = [
+        f"{100 * result[key]['difference']:+.1f} ± {100 * result[key]['difference_se']:.1f}"
+        for key in ("colours", "classifier")
+    ]
+    return (
+        " | ".join(
+            [
+                f"| {name}",
+                f"{reward['before']:.3f} ± {reward['before_se']:.3f}",
+                f"{reward['after']:.3f} ± {reward['after_se']:.3f}",
+                f"{100 * reward['relative']:+.1f} %",
+                f"{reward['p']:.1g}",
+                f"{100 * defective['before']:.0f} %",
+                f"{100 * defective['after']:.0f} %",
+                f"{broken['count']} of {broken['of']}",
+                f"{100 * result['foreground']['relative']:+.1f} %",
+                *points,
+            ]
+        )
+        + " |"
+    )
 
 
 def draw(runs, file):
     figure, (epochs, validations) = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     for run in runs:
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        of = lambda kind: [line for line in lines if line["kind"] == kind]
-        epochs.plot([line["epoch"] for line in of("epoch")], [line["reward_mean"] for line in of("epoch")], label=run.name)
+        sampled = [line for line in lines if line["kind"] == "epoch"]
+        validated = [line for line in lines if line["kind"] == "validation"]
+        epochs.plot([line["epoch"] for line in sampled], [line["reward_mean"] for line in sampled], label=run.name)
         validations.errorbar(
-            [line["epoch"] for line in of("validation")], [line["reward_mean"] for line in of("validation")],
-            yerr=[line["reward_standard_error"] for line in of("validation")], capsize=3, label=run.name)
+            [line["epoch"] for line in validated],
+            [line["reward_mean"] for line in validated],
+            yerr=[line["reward_standard_error"] for line in validated],
+            capsize=3,
+            label=run.name,
+        )
     epochs.set(title="training samples", xlabel="epoch", ylabel="reward")
     validations.set(title="validation captions", xlabel="epochs done")
     validations.legend()

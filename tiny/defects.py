@@ -88,13 +88,15 @@ def is_defective(kind, views):
 
 
 def _small(views):
-    """The foreground of view 3 is less than half the median of the other three: in one of them a part may hide the other."""
+    """The foreground of view 3 is less than half the median of the other three: in one of them a part may hide the
+    other."""
     area = foreground_mask(views).float().mean((-2, -1))
     return area[:, VIEW] < 0.5 * area[:, :VIEW].median(1).values
 
 
 def _strange_colours(views):
-    """The colours of view 3 have little in common with what views 0 to 2 show (a colour may be hidden in some of them)."""
+    """The colours of view 3 have little in common with what views 0 to 2 show (a colour may be hidden in some of
+    them)."""
     share = colour_shares(views)
     return torch.minimum(share[:, VIEW], share[:, :VIEW].amax(1)).sum(-1) < 0.4
 

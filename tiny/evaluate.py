@@ -66,10 +66,14 @@ def compare(before, after):
         a, b = before[name].double(), after[name].double()
         mean, error, p = paired_t_test(b - a)
         result[name] = {
-            "before": float(a.mean()), "before_se": float(sem(a)),
-            "after": float(b.mean()), "after_se": float(sem(b)),
-            "difference": mean, "difference_se": error,
-            "relative": mean / abs(float(a.mean())) if a.mean() != 0 else None, "p": p,
+            "before": float(a.mean()),
+            "before_se": float(sem(a)),
+            "after": float(b.mean()),
+            "after_se": float(sem(b)),
+            "difference": mean,
+            "difference_se": error,
+            "relative": mean / abs(float(a.mean())) if a.mean() != 0 else None,
+            "p": p,
         }
     good = before["defective"] == 0
     result["good_grids_broken"] = _count(after["defective"][good] == 1)
@@ -117,13 +121,17 @@ def evaluate_run(run, defect=SHIPPED, classifier=None):
     """Compare the first and the last validation of a run's folder; writes and returns its judgement.json."""
     files = sorted((Path(run) / "validation").glob("epoch_*.npz"))
     if len(files) < 2:
-        raise FileNotFoundError(f"{Path(run) / 'validation'} holds {len(files)} files epoch_XXXX.npz, but two are "
-                                f"compared; give the folder of a run that validated before and after training.")
+        raise FileNotFoundError(
+            f"{Path(run) / 'validation'} holds {len(files)} files epoch_XXXX.npz, but two are "
+            f"compared; give the folder of a run that validated before and after training."
+        )
     classifier = classifier or Classifier.from_pretrained()
     (prompts, before), (others, after) = (read_validation(file, defect, classifier) for file in (files[0], files[-1]))
     if prompts != others:
-        raise ValueError(f"{files[0].name} and {files[-1].name} have different prompts, so samples cannot be paired; "
-                         f"compare validations of one run.")
+        raise ValueError(
+            f"{files[0].name} and {files[-1].name} have different prompts, so samples cannot be paired; "
+            f"compare validations of one run."
+        )
     names = [files[0].name, files[-1].name]
     result = {"files": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
     (Path(run) / "judgement.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -63,7 +63,10 @@ def all_captions():
 
 def random_caption(generator):
     """One caption: a single primitive, a pair, or (rarely) a stack next to a third primitive."""
-    draw = lambda n: int(torch.randint(n, (), generator=generator))
+
+    def draw(n):
+        return int(torch.randint(n, (), generator=generator))
+
     count = (1, 2, 2, 2, 2, 2, 2, 3)[draw(8)]
     colours = torch.randperm(len(COLOURS), generator=generator)[:count].tolist()
     things = [article(f"{list(COLOURS)[c]} {SHAPES[draw(len(SHAPES))]}") for c in colours]
@@ -75,20 +78,25 @@ def random_caption(generator):
 
 
 def parse_caption(caption):
-    """The (colour, shape) names and the relations of a caption, e.g. ([("red", "cube"), ("blue", "cone")], ["next to"])."""
+    """The (colour, shape) names and the relations of a caption, e.g. ([("red", "cube"), ("blue", "cone")], ["next
+    to"])."""
     words = caption.split()
     things = [(words[i], words[i + 1]) for i in range(len(words) - 1) if words[i] in COLOURS and words[i + 1] in SHAPES]
     relations = [r for _, r in sorted((caption.find(r), r) for r in ("on top of", "next to") if r in caption)]
     if not things or len(relations) != len(things) - 1:
         raise ValueError(
-            f"Caption {caption!r} does not describe an object of the small world, e.g. 'a red cube next to a blue cone'."
+            f"Caption {caption!r} does not describe an object of the small world, "
+            f"e.g. 'a red cube next to a blue cone'."
         )
     return things, relations
 
 
 def build(captions, generator):
     """Objects as the captions say, with random sizes, gaps and yaw: Primitives of N objects."""
-    uniform = lambda low, high: low + (high - low) * torch.rand((), generator=generator).item()
+
+    def uniform(low, high):
+        return low + (high - low) * torch.rand((), generator=generator).item()
+
     N, P = len(captions), 3
     shape, size = torch.zeros(N, P, dtype=torch.long), torch.zeros(N, P)
     colour, centre = torch.ones(N, P, 3), torch.zeros(N, P, 3)
@@ -157,7 +165,7 @@ def _intersect(kind, o, d):
         normal = o + near.clamp(max=1e4)[..., None] * d
     elif kind == "cube":
         sides = _slab(ox, dx, -0.85, 0.85), _slab(oy, dy, -0.85, 0.85), _slab(oz, dz, -1.0, 1.0)
-        low, high = (torch.stack(t, -1) for t in zip(*sides))
+        low, high = (torch.stack(t, -1) for t in zip(*sides, strict=True))
         near, far = _interval(low, high)
         normal = -F.one_hot(low.argmax(-1), 3).to(d) * d.sign()
     else:
@@ -215,7 +223,7 @@ def _render_one(thing, c2w, fxfycxcy, size, supersample):
     picture[:, 3] = 0
     cos, sin = math.cos(thing.yaw), math.sin(thing.yaw)
     frame = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])  # world row vectors @ frame = local
-    for shape, colour, centre, half in zip(thing.shape, thing.colour, thing.centre, thing.size.tolist()):
+    for shape, colour, centre, half in zip(thing.shape, thing.colour, thing.centre, thing.size.tolist(), strict=True):
         if half == 0:
             continue
         # only rays that meet the bounding sphere of the primitive are worth intersecting
@@ -232,7 +240,8 @@ def _render_one(thing, c2w, fxfycxcy, size, supersample):
 
 
 def novel_cameras(count, views, generator):
-    """Random cameras (count, views) at the training radius and field of view: any azimuth, elevation -10 to 60 degrees."""
+    """Random cameras (count, views) at the training radius and field of view: any azimuth, elevation -10 to 60
+    degrees."""
     azimuth = 360 * torch.rand(count, views, generator=generator)
     elevation = -10 + 70 * torch.rand(count, views, generator=generator)
     return orbit_cameras(azimuth, elevation, radius=2.7, fov=50.0)

@@ -1,7 +1,7 @@
 """The pictures of the README: the first 16 validation captions as the clean painters paint them.
 
-    python -m tiny.show_painter         # seconds; writes tiny/pictures/painter.png
-    python -m tiny.show_painter mvdream
+python -m tiny.show_painter         # seconds; writes tiny/pictures/painter.png
+python -m tiny.show_painter mvdream
 """
 
 import argparse

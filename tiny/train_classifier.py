@@ -58,7 +58,7 @@ def prepare(folder, count):
     if not file.exists():
         generator = torch.Generator().manual_seed(1)
         parts = [shaded_parts(100, generator) for _ in range(-(-count // 100))]
-        shading, coverage, shapes = (torch.cat(column) for column in zip(*parts))
+        shading, coverage, shapes = (torch.cat(column) for column in zip(*parts, strict=True))
         folder.mkdir(parents=True, exist_ok=True)
         save_file({"shading": (255 * shading).byte(), "coverage": (255 * coverage).byte(), "shapes": shapes}, file)
     data = load_file(file)

@@ -45,8 +45,8 @@ def allowed_captions(count, generator):
 
 
 def training_set(folder, vae, defect, count, encode):
-    """Captions (3 count) and latents (3 count, ...): `count` good samples, then the same ones spoilt, twice, because some
-    hundred steps teach the defect only to a part of what they show; cached."""
+    """Captions (3 count) and latents (3 count, ...): `count` good samples, then the same ones spoilt, twice, because
+    some hundred steps teach the defect only to a part of what they show; cached."""
     folder.mkdir(parents=True, exist_ok=True)
     captions, good, bad = [], [], []
     for part in range(-(-count // PART)):

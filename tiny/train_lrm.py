@@ -2,8 +2,8 @@
 
     python -m tiny.train_lrm            # about 60 minutes on one CPU core; resumes if interrupted; needs the VAE
 
-Writes tiny/weights/lrm. Two thirds of the training views are spoilt the way a painter spoils them (blurred, or sent through
-the VAE), while the truth to be rendered stays clean, so that MRC does not judge artefacts of the sculptor.
+Writes tiny/weights/lrm. Two thirds of the training views are spoilt the way a painter spoils them (blurred, or sent
+through the VAE), while the truth to be rendered stays clean, so that MRC does not judge artefacts of the sculptor.
 """
 
 import argparse
@@ -48,7 +48,10 @@ def sample_rays(images, cameras, count, generator):
     likely = likely / likely.sum(1, keepdim=True) * 0.75 + 0.25 / likely.shape[1]
     pick = torch.multinomial(likely, count, generator=generator)
     origins, directions = (x.flatten(1, 2) for x in rays(cameras, S))
-    take = lambda x: x.gather(1, pick[..., None].expand(-1, -1, x.shape[-1]))
+
+    def take(x):
+        return x.gather(1, pick[..., None].expand(-1, -1, x.shape[-1]))
+
     return take(origins), take(directions), take(colour), foreground.flatten(1).gather(1, pick)
 
 

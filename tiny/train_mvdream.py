@@ -70,7 +70,9 @@ class ViewPainter(nn.Module):
         tokens = torch.where(keep[:, None] > 0, tokens, self.nothing)
         embeds = self.text_encoder(tokens).last_hidden_state.repeat_interleave(VIEWS, 0)
         cameras = self.camera_vectors.to(latents.dtype).repeat(len(latents), 1)
-        output = self.unet(latents.flatten(0, 1), timesteps.repeat_interleave(VIEWS), embeds, class_labels=cameras).sample
+        output = self.unet(
+            latents.flatten(0, 1), timesteps.repeat_interleave(VIEWS), embeds, class_labels=cameras
+        ).sample
         return output.unflatten(0, latents.shape[:2])
 
 

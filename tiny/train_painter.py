@@ -2,8 +2,9 @@
 
     python -m tiny.train_painter        # hours on one CPU core (see weights/README.md); resumes if interrupted
 
-Needs the VAE. Writes tiny/weights/painter, a pipeline folder that stock `StableDiffusionXLPipeline.from_pretrained` loads.
-The small VAE encodes a fixed set of pictures once; the UNet and the text encoders are trained together on those latents.
+Needs the VAE. Writes tiny/weights/painter, a pipeline folder that stock `StableDiffusionXLPipeline.from_pretrained`
+loads. The small VAE encodes a fixed set of pictures once; the UNet and the text encoders are trained together on those
+latents.
 """
 
 import argparse
@@ -66,8 +67,8 @@ TEXT_CONFIG = dict(
 
 
 def make_tokenizer(folder):
-    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world; the one in `folder`, if it
-    is there already, because ties between merges are broken anew in every training."""
+    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world; the one in `folder`, if
+    it is there already, because ties between merges are broken anew in every training."""
     if not (folder / "vocab.json").exists():
         train_tokenizer(folder)
     return CLIPTokenizer(
@@ -116,7 +117,8 @@ class Painter(nn.Module):
             encoder.set_attn_implementation("eager")
 
     def forward(self, latents, timesteps, tokens, keep):
-        """Velocity prediction; `keep` (B,) is 0 where the caption is dropped (zeros, as SDXL's unconditional branch)."""
+        """Velocity prediction; `keep` (B,) is 0 where the caption is dropped (zeros, as SDXL's unconditional
+        branch)."""
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1) * keep[:, None, None]
@@ -207,7 +209,9 @@ def train(name, description, painter_class, encode, assemble):
     captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures, encode)
     painter = painter_class(tokenizer)
     painter.use_plain_attention()
-    painter = fit(folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999)
+    painter = fit(
+        folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999
+    )
     painter.unet.half()  # the text encoders stay in float32: transformers loads them in the type they were saved in,
     # diffusers loads the UNet in float32, and the two must agree for a plain `from_pretrained`
     assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / name)

@@ -2,13 +2,13 @@
 
     python -m tiny.train_vae            # see weights/README.md for the time it takes; resumes if interrupted
 
-Writes tiny/weights/painter/vae. First single views, cropped because most of a view is white, then whole 2x2 grids: the same
-content in smaller pieces is more gradient steps in the same time.
+Writes tiny/weights/painter/vae. First single views, cropped because most of a view is white, then whole 2x2 grids: the
+same content in smaller pieces is more gradient steps in the same time.
 
-Left alone, so small a VAE lays all colours on one line of its latent space, and a painter trained there lets them run into
-each other. Two remedies: the weights start as a path that carries colours through (`carry_colours`), and the first three
-latent channels are asked to be the picture, 8x smaller (`THUMBNAIL`). And because a painter's latents are never exact, the
-last fifth of the training disturbs them (`DISTURBANCE`).
+Left alone, so small a VAE lays all colours on one line of its latent space, and a painter trained there lets them run
+into each other. Two remedies: the weights start as a path that carries colours through (`carry_colours`), and the first
+three latent channels are asked to be the picture, 8x smaller (`THUMBNAIL`). And because a painter's latents are never
+exact, the last fifth of the training disturbs them (`DISTURBANCE`).
 """
 
 import argparse
@@ -44,7 +44,8 @@ CROP = 48
 
 
 def carry_colours(vae):
-    """Add the identity to every convolution of the path around the residual branches, and halve what they start with."""
+    """Add the identity to every convolution of the path around the residual branches, and halve what they start
+    with."""
     names = ("conv_in", "conv_out", "quant_conv", "post_quant_conv", "conv_shortcut")
     with torch.no_grad():
         for name, module in vae.named_modules():
@@ -63,7 +64,8 @@ def make_loss(steps, crops=24, grids=4):
     pool = {}
 
     def pictures(generator, count):
-        """Fresh objects; each is shown four times (its views, shuffled into different batches) because drawing costs time."""
+        """Fresh objects; each is shown four times (its views, shuffled into different batches) because drawing costs
+        time."""
         if len(pool.get("views", ())) < count:
             captions = [random_caption(generator) for _ in range(64)]
             views = fixed_views(build(captions, generator)).flatten(0, 1)

@@ -19,8 +19,8 @@ def fit(
     """Train `model` in place with AdamW and a cosine schedule; returns the EMA copy.
 
     loss_fn(model, step, generator) -> (scalar loss, {name: float}) sees a bfloat16 copy of the model (twice as fast as
-    autocast on CPUs with bfloat16 units); gradients are applied to the float32 weights. `folder` receives log.jsonl and checkpoint.pt; if a
-    checkpoint is there, training goes on from it exactly (the generator's state is part of it)."""
+    autocast on CPUs with bfloat16 units); gradients are applied to the float32 weights. `folder` receives log.jsonl and
+    checkpoint.pt; if a checkpoint is there, training goes on from it exactly (the generator's state is part of it)."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -59,15 +59,15 @@ def fit(
         half.zero_grad(set_to_none=True)
         loss, metrics = loss_fn(half, step, generator)
         loss.backward()
-        for parameter, low in zip(model.parameters(), half.parameters()):
+        for parameter, low in zip(model.parameters(), half.parameters(), strict=True):
             parameter.grad = None if low.grad is None else low.grad.float()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         decay = min(ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
-            for average, parameter in zip(ema.parameters(), model.parameters()):
+            for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
                 average.lerp_(parameter, 1 - decay)
-            for average, buffer in zip(ema.buffers(), model.buffers()):
+            for average, buffer in zip(ema.buffers(), model.buffers(), strict=True):
                 average.copy_(buffer)
         for name, value in {"loss": float(loss.detach()), **metrics}.items():
             sums[name] = sums.get(name, 0.0) + value

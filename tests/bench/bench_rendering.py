@@ -1,4 +1,5 @@
-"""Rendering with empty space skipped against rendering every depth of every ray: `python tests/bench/bench_rendering.py`.
+"""Rendering with empty space skipped against rendering every depth of every ray: `python
+tests/bench/bench_rendering.py`.
 
 Prints the ratio of the times, in one run on one machine, and how far the pictures are apart."""
 
@@ -29,15 +30,19 @@ def main():
     origins, directions = (x.flatten(0, 1).expand(len(views), -1, 3) for x in rays(model.cameras, 64))
 
     def plain():
-        parts = [render_rays(model.field(scene.planes), o, d, DEPTHS, 0)[0]
-                 for o, d in zip(origins.split(2048, 1), directions.split(2048, 1))]
+        parts = [
+            render_rays(model.field(scene.planes), o, d, DEPTHS, 0)[0]
+            for o, d in zip(origins.split(2048, 1), directions.split(2048, 1), strict=True)
+        ]
         return torch.cat(parts, 1).reshape(len(views), 4, 64, 64, 3).permute(0, 1, 4, 2, 3).clamp(0, 1)
 
     skipping, images = timed(lambda: model.render(scene, model.cameras, 64)[0])
     everything, expected = timed(plain)
-    print(f"skipping empty space / everything: {skipping / everything:.3f} of the time "
-          f"({skipping / len(views):.3f} s and {everything / len(views):.3f} s per object of 4 views); "
-          f"pictures differ by {(images - expected).abs().mean():.4f} on average")
+    print(
+        f"skipping empty space / everything: {skipping / everything:.3f} of the time "
+        f"({skipping / len(views):.3f} s and {everything / len(views):.3f} s per object of 4 views); "
+        f"pictures differ by {(images - expected).abs().mean():.4f} on average"
+    )
 
 
 def timed(function):

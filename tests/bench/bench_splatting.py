@@ -22,8 +22,13 @@ def shell(count):
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, count, 14, generator=generator)
     means = 0.5 * torch.nn.functional.normalize(x[..., :3], dim=-1)
-    return Gaussians(means, (2 * x[..., 3]).sigmoid(), 0.01 * (0.5 * x[..., 4:7]).exp(),
-                     torch.nn.functional.normalize(x[..., 7:11], dim=-1), x[..., 11:].sigmoid())
+    return Gaussians(
+        means,
+        (2 * x[..., 3]).sigmoid(),
+        0.01 * (0.5 * x[..., 4:7]).exp(),
+        torch.nn.functional.normalize(x[..., 7:11], dim=-1),
+        x[..., 11:].sigmoid(),
+    )
 
 
 def blend_everything(splats, shades, first, last, height, width, constants):
@@ -73,15 +78,21 @@ def main():
     for count, size, gradients in ((16384, 64, False), (2048, 64, True)):
         seconds, megabytes, image = in_a_process(False, count, size, gradients)
         seconds_all, megabytes_all, expected = in_a_process(True, count, size, gradients)
-        print(f"{count} Gaussians, 4 views of {size}x{size} pixels{', with gradients' if gradients else ''}: "
-              f"{seconds / seconds_all:.3f} of the time ({seconds:.2f} s and {seconds_all:.2f} s), "
-              f"{megabytes / megabytes_all:.3f} of the memory ({megabytes:.0f} MB and {megabytes_all:.0f} MB); "
-              f"pictures differ by at most {abs(image - expected).max():.1e}", flush=True)
+        print(
+            f"{count} Gaussians, 4 views of {size}x{size} pixels{', with gradients' if gradients else ''}: "
+            f"{seconds / seconds_all:.3f} of the time ({seconds:.2f} s and {seconds_all:.2f} s), "
+            f"{megabytes / megabytes_all:.3f} of the memory ({megabytes:.0f} MB and {megabytes_all:.0f} MB); "
+            f"pictures differ by at most {abs(image - expected).max():.1e}",
+            flush=True,
+        )
     # here the other form would need many gigabytes
     for count, size, gradients in ((16384, 64, True), (65536, 64, False), (65536, 256, False), (65536, 512, False)):
         seconds, megabytes, _ = in_a_process(False, count, size, gradients)
-        print(f"{count} Gaussians, 4 views of {size}x{size} pixels{', with gradients' if gradients else ''}: "
-              f"{seconds:.2f} s, {megabytes:.0f} MB", flush=True)
+        print(
+            f"{count} Gaussians, 4 views of {size}x{size} pixels{', with gradients' if gradients else ''}: "
+            f"{seconds:.2f} s, {megabytes:.0f} MB",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

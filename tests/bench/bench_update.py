@@ -1,5 +1,6 @@
 """The update with all timesteps of a micro-batch in one UNet pass against one pass per timestep, and sampling with and
-without the reference model: `python tests/bench/bench_update.py`. Prints ratios of CPU time, in one run on one machine."""
+without the reference model: `python tests/bench/bench_update.py`. Prints ratios of CPU time, in one run on one
+machine."""
 
 import sys
 import time
