@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from diffusers_patch.policy import MultiViewPolicy
-from diffusers_patch.weights import check_weights
+from recon.weights import check_weights
 
 VIEWS = 4
 DECODE_BATCH = 8  # samples decoded at a time: bounds the memory of the VAE

@@ -16,7 +16,7 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
-from diffusers_patch.weights import read_weights
+from recon.weights import read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from diffusers_patch.weights import differences, read_weights
+from recon.weights import differences, read_weights
 from recon.cameras import Cameras, grid_directions, instant3d_cameras
 from recon.gaussian_splatting import Gaussians, render_views
 

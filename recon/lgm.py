@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from diffusers_patch.weights import differences, find_file, read_weights
+from recon.weights import differences, find_file, read_weights
 from recon.cameras import from_lgm_axes, lgm_pluecker, mvdream_cameras
 from recon.gaussian_splatting import Gaussians, render_views
 

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from diffusers_patch.weights import find_file, read_weights
+from recon.weights import find_file, read_weights
 from recon.cameras import Cameras, instant3d_cameras, openlrm_canonical_cameras, openlrm_source_vectors
 from recon.openlrm_checkpoint import convert_openlrm
 from recon.volume_rendering import (

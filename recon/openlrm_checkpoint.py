@@ -6,7 +6,7 @@ queries, keys and values apart where DINOv2 stacks them in one matrix.
 
 import re
 
-from diffusers_patch.weights import check_weights
+from recon.weights import check_weights
 
 RENAMED = {  # pattern of our names -> published name, applied in this order
     r"^encoder\.embeddings\.position_embeddings$": "encoder.model.pos_embed",

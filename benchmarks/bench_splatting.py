@@ -1,4 +1,4 @@
-"""Rendering 3D Gaussians tile by tile against every Gaussian at every pixel: `python tests/bench/bench_splatting.py`.
+"""Rendering 3D Gaussians tile by tile against every Gaussian at every pixel: `python benchmarks/bench_splatting.py`.
 
 Prints the ratios of CPU time and of peak memory, in one run on one machine, and how far the pictures are apart."""
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recon import gaussian_splatting
 from recon.cameras import mvdream_cameras

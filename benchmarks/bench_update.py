@@ -1,5 +1,5 @@
 """The update with all timesteps of a micro-batch in one UNet pass against one pass per timestep, and sampling with and
-without the reference model: `python tests/bench/bench_update.py`. Prints ratios of CPU time, in one run on one
+without the reference model: `python benchmarks/bench_update.py`. Prints ratios of CPU time, in one run on one
 machine."""
 
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from accelerate import Accelerator
 

@@ -1,5 +1,5 @@
 """Rendering with empty space skipped against rendering every depth of every ray: `python
-tests/bench/bench_rendering.py`.
+benchmarks/bench_rendering.py`.
 
 Prints the ratio of the times, in one run on one machine, and how far the pictures are apart."""
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recon.cameras import rays
 from recon.tiny_lrm import TinyLRM
