@@ -7,6 +7,7 @@ A run is configured by one of
 and any key below can be changed behind it: --config.train.learning_rate=1e-3.
 
 "A process" is one GPU (or one CPU worker). An epoch is one round of sampling followed by the updates on those samples.
+The configuration is locked: a misspelled key or a value of another type is an error where it is written.
 config/validate.py knows which values are allowed and refuses the others before any model is loaded.
 """
 
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """All keys with the paper's values; `pretrained.model` and `recon.checkpoint` are the user's to give."""
+    """All keys with the paper's values, locked; `pretrained.model` and `recon.checkpoint` are the user's to give."""
     config = ConfigDict()
 
     ###### General ######
@@ -37,7 +38,7 @@ def get_config() -> ConfigDict:
     config.mixed_precision = "fp16"
     # Let Ampere and later GPUs round float32 matrix products to TF32: faster, about three decimal digits.
     config.allow_tf32 = True
-    # Go on with a run: a checkpoint folder, or a run's folder (its newest checkpoint). "" = start a new one.
+    # Resume a run: a checkpoint folder, or a run's folder (its newest checkpoint). "" = start a new one.
     # use_lora and lora.* must be those of that run.
     config.resume_from = ""
     # When the newest checkpoint of the run's folder is damaged: False = stop and say so, True = use the one before it.
@@ -45,8 +46,8 @@ def get_config() -> ConfigDict:
     # True: train small low-rank matrices beside the frozen UNet. False: train the whole UNet (needs a second, frozen
     # copy as KL reference, many times the memory, and a smaller learning rate).
     config.use_lora = True
-    # Where curves go besides logs/<run>/metrics.jsonl and curves.png, which are always written: "wandb" (offline unless
-    # the user is logged in), "tensorboard" or "none".
+    # Experiment tracker: "wandb" (offline unless the user is logged in), "tensorboard" or "none". metrics.jsonl and
+    # curves.png are written in any case.
     config.tracker = "wandb"
     # Diagnostic: give every sample the advantage of a random other one. Nothing can be learned from that, so what a run
     # with this key "improves" is what chance and drift improve.
@@ -55,13 +56,13 @@ def get_config() -> ConfigDict:
     ###### Painter: the multi-view diffusion model that is finetuned ######
     config.painter = ConfigDict()
     # Which kind of multi-view model: "mv_sdxl" = SDXL that paints 4 views as a 2x2 grid (Instant3D style), "mvdream" =
-    # SD 2.1 that paints 4 separate views which attend to each other, from cameras it is told.
+    # SD 2.1 that paints 4 separate views which attend to each other, conditioned on cameras.
     config.painter.name = "mv_sdxl"
     # Only "mvdream": height of its cameras above the horizon, degrees, [0, 90); it was trained on 0 to 30.
     config.painter.elevation = 0.0
     # Only "mvdream": azimuth of its first camera, degrees [0, 360) as MVDream counts them; the others follow every 90.
     config.painter.azimuth_start = 0.0
-    # Only "mvdream": what the unconditional branch of the guidance is told. (SDXL gets zeros there.)
+    # Only "mvdream": the prompt of the unconditional branch of the guidance. (SDXL gets zeros there.)
     config.painter.negative_prompt = ""
 
     config.pretrained = ConfigDict()
@@ -110,8 +111,8 @@ def get_config() -> ConfigDict:
     # Samples per epoch over all processes. The number of batches follows from it, so that a run has the same epochs on
     # any number of processes. 0 = not prescribed: give num_batches_per_epoch.
     config.sample.total_batch_size = 768
-    # Samples that one process paints at a time. When the number of batches is derived this is the most that fits a
-    # GPU: a process whose whole share is smaller takes smaller batches.
+    # Samples that one process paints at a time. When the number of batches is derived this is an upper bound: the
+    # largest divisor of the process's samples that is not above it is taken.
     config.sample.batch_size = 8
     # Batches per process and epoch. 0 = derived from total_batch_size; a number given here wins over it.
     config.sample.num_batches_per_epoch = 0
@@ -128,7 +129,7 @@ def get_config() -> ConfigDict:
     config.train.total_batch_size = 768
     # Samples in one forward and backward pass of one process; at most that many when the accumulation is derived.
     config.train.batch_size = 4
-    # Passes per optimizer step and process (all timesteps of a sample are accumulated besides). 0 = derived from
+    # Micro-batches per optimizer step and process (the timesteps of a sample are accumulated as well). 0 = derived from
     # total_batch_size; a number given here wins over it.
     config.train.gradient_accumulation_steps = 0
     # Keep Adam's moments in 8 bits: needs bitsandbytes and a GPU.
@@ -142,9 +143,10 @@ def get_config() -> ConfigDict:
     config.train.adam_epsilon = 1e-8
     # Longest gradient (L2 norm over all trained weights) that is not scaled down.
     config.train.max_grad_norm = 1.0
-    # How often the samples of an epoch are gone through. 1 = each sample once.
+    # Passes over the samples of an epoch. 1 = each sample is used once.
     config.train.num_inner_epochs = 1
-    # Recompute log-probabilities with the guidance used in sampling. False is only right without guidance.
+    # Recompute log-probabilities with the guidance used in sampling. Must be True (DDPO's key): without it the update
+    # would score another policy than the one that sampled. For no guidance at all set sample.guidance_scale = 1.0.
     config.train.cfg = True
     # Advantages are clamped to +- this many standard deviations.
     config.train.adv_clip_max = 5.0
@@ -181,8 +183,8 @@ def get_config() -> ConfigDict:
     config.recon.render_size = 512
     # Most rays rendered at once: bounds the memory, changes no result.
     config.recon.chunk_size = 65536
-    # Only "openlrm", which reconstructs from one view at a time: how many of the views, 1 to 4, it does so from, in
-    # turn. Each scene is compared with the other views; 4 judges every pair, 1 is four times cheaper.
+    # Only "openlrm", which reconstructs from one view at a time: how many of the views, 1 to 4, it reconstructs from.
+    # Each scene is compared with the other views; 4 judges every pair of views, 1 is four times cheaper.
     config.recon.input_views = 4
     # Cut the objects out of the painted views with `rembg` (pip install rembg) before they are judged, for painters
     # that do not paint on white, such as MVDream.
@@ -202,7 +204,7 @@ def get_config() -> ConfigDict:
     # Advantages are rewards relative to the same prompt's recent ones. None in a config file, or buffer_size = 0 on
     # the command line: relative to the whole batch.
     config.per_prompt_stat_tracking = ConfigDict()
-    # Rewards remembered per prompt, newest first out last: about three epochs' worth.
+    # Rewards remembered per prompt; the oldest are dropped first. About three epochs' worth.
     config.per_prompt_stat_tracking.buffer_size = 75
     # Below this many rewards a prompt uses the statistics of the whole batch. The first epoch paints every training
     # prompt this often: 768 samples / 30 prompts.
@@ -227,4 +229,4 @@ def get_config() -> ConfigDict:
     # End the run when an epoch's mean KL reaches this value. 0 = never. The published run was stopped near 3.2e-4.
     config.stop_kl = 0.0
 
-    return config
+    return config.lock()

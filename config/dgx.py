@@ -10,10 +10,11 @@
 
 The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
 768 is fixed here; batches per process and gradient accumulation follow from the real number of processes, so on fewer
-GPUs an epoch takes longer and is the same epoch. config/validate.py prints the resulting numbers.
+GPUs an epoch takes longer and is the same epoch. The first lines of a run show the resulting numbers.
 """
 
 import ast
+import inspect
 
 from ml_collections import ConfigDict
 
@@ -26,7 +27,7 @@ TRAIN_PROMPTS = 30  # published: the 30 of 100 candidates with the lowest reward
 def carve3d_train() -> ConfigDict:
     """The published run. Still to be given by the user: pretrained.model and recon.checkpoint."""
     config = base.get_config()
-    # written by `python -m prompts.curate`: which prompts are hard depends on the painter
+    # written by `python -m tools.curate_prompts`: which prompts are hard depends on the painter
     config.prompts.train_file = "prompts/curated/kept.txt"
     return _with_sizes(config, SAMPLES_PER_EPOCH, TRAIN_PROMPTS)
 
@@ -89,9 +90,10 @@ def get_config(name: str = "carve3d_train") -> ConfigDict:
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
     try:
         arguments = ast.literal_eval(f"({rest[:-1]},)") if rest[:-1].strip() else ()
-        return runs[function](*arguments)
-    except (SyntaxError, TypeError) as error:
-        raise ValueError(f"config/dgx.py:{name} has wrong arguments ({error}): write e.g. data_size(10)") from error
+        inspect.signature(runs[function]).bind(*arguments)
+    except (SyntaxError, TypeError, ValueError) as error:
+        raise ValueError(f"config/dgx.py:{name} has wrong arguments: write numbers, as in data_size(10)") from error
+    return runs[function](*arguments)
 
 
 def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:

@@ -66,11 +66,11 @@ def grid() -> ConfigDict:
 
 
 def mvdream() -> ConfigDict:
-    """The same run with the small MVDream, told of the sculptor's cameras."""
+    """The same run with the small MVDream, conditioned on the reconstructor's cameras."""
     config = grid()
     config.painter.name = "mvdream"
     config.painter.elevation = 20.0
-    config.painter.azimuth_start = 315.0  # 225 degrees as the sculptor counts
+    config.painter.azimuth_start = 315.0  # 225 degrees as the reconstructor counts
     config.pretrained.model = "tiny/weights/mvdream"
     config.pretrained.lora = "tiny/weights/mvdream_defect"
     config.num_epochs = 9  # it learns more slowly than the grid painter: more than the one defect is wrong with it
