@@ -43,7 +43,7 @@ power_of_two_up_to() {
 }
 
 check() {  # check PROCESSES [trainer flags]: one sentence here instead of one from every process
-    [ -n "${CARVE3D_DRY_RUN:-}" ] || "$VENV_PYTHON" -m config.validate --processes "$@"
+    [ -n "${CARVE3D_DRY_RUN:-}" ] || "$VENV_PYTHON" -m tools.check_config --processes "$@" >/dev/null
 }
 
 start() {

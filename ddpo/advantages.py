@@ -1,32 +1,32 @@
 """How much better than expected a sample was: the normalised reward, minus the KL to the base model."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from ddpo.stat_tracking import one_value_per_prompt
+from ddpo.stat_tracking import PerPromptStatTracker, one_value_per_prompt
 
 STD_EPSILON = 1e-8
 
 
 class Advantages(NamedTuple):
-    """All (N,) numpy arrays in the order of the samples; `advantages` is what the loss wants, the others are for the
-    log."""
+    """All (N,) numpy arrays in the order of the samples; `advantages` is for the loss, the others are for the log."""
 
     advantages: np.ndarray
     reward_advantages: np.ndarray
     kl_normalized: np.ndarray | None  # None without a KL tracker
 
 
-def advantages(
-    rewards,
-    prompts,
-    kl=None,
-    reward_tracker=None,
-    kl_tracker=None,
-    kl_in_reward=True,
-    kl_normalized_coeff=0.2,
-):
+def compute_advantages(
+    rewards: np.ndarray,
+    prompts: Sequence[str],
+    kl: np.ndarray | None = None,
+    reward_tracker: PerPromptStatTracker | None = None,
+    kl_tracker: PerPromptStatTracker | None = None,
+    kl_in_reward: bool = True,
+    kl_normalized_coeff: float = 0.2,
+) -> Advantages:
     """advantage = norm(reward) - kl_normalized_coeff * norm(kl), over the samples of ALL processes.
 
     rewards: (N,) higher is better. prompts: N strings. kl: (N,) nats per dimension and step, or None for no KL penalty.

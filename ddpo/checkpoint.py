@@ -1,4 +1,4 @@
-"""Saving a run so that it can be killed at any moment and goes on bit for bit.
+"""Saving a run so that it can be killed at any moment and resumes bit for bit.
 
 A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     weights.safetensors   what is trained
@@ -6,10 +6,14 @@ A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration
     manifest.json         size and SHA-256 of the other files
 It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder
-of that name is whole. Random numbers need no place in it: every stream is made anew from the run's seed and the epoch
-(ddpo/sampling.py).
+of that name is complete. Random states need no place in it: every random stream is made anew from the run's seed and
+the epoch (ddpo/sampling.py).
+
+In place of accelerate's `save_state`, which is neither atomic nor verifiable, pickles random states, and would save the
+frozen base model with every checkpoint.
 """
 
+import datetime
 import hashlib
 import json
 import os
@@ -18,7 +22,12 @@ import shutil
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
+
+from ddpo.setup import adam_settings
 
 PREFIX = "checkpoint_"
 PARTIAL = "partial_"
@@ -29,10 +38,64 @@ class DamagedCheckpoint(ValueError):
     """A checkpoint folder that is incomplete or not what was written."""
 
 
-def save_checkpoint(run_folder, epochs_done, weights, optimizer_state, run_state, limit):
-    """Write `checkpoint_XXXX` into `run_folder` and remove the oldest beyond `limit`.
+def new_run_folder(config: ConfigDict, accelerator: Accelerator) -> Path:
+    """The folder of a new run, named by the clock of the main process if config.run_name is empty.
 
-    weights: {name: tensor}; optimizer_state: of torch; run_state: what JSON can hold."""
+    Raises ValueError if it already holds a run.
+    """
+    name = config.run_name or gather_object([datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")])[0]
+    folder = Path(config.logdir) / name
+    if checkpoints(folder) or (folder / "metrics.jsonl").exists():
+        raise ValueError(
+            f"{folder} already holds a run: choose another config.run_name, or set config.resume_from to "
+            f"{str(folder)!r} to resume it"
+        )
+    accelerator.wait_for_everyone()  # before the main process writes there
+    return folder
+
+
+def save_run(run) -> None:
+    """Write the checkpoint of a run (`carve3d_train.Run`): everything that training changes. Main process only."""
+    scaler = run.accelerator.scaler
+    state = {
+        "kl": run.kl,
+        "calibrations_left": run.calibration.remaining,
+        "trackers": {name: tracker and tracker.state_dict() for name, tracker in run.trackers.items()},
+        "loss_scaler": scaler and scaler.state_dict(),
+        "config": run.config.to_dict(),
+    }
+    weights, optimizer_state = run.policy.trainable_state(), run.optimizer.state_dict()
+    save_checkpoint(run.folder, run.epochs_done, weights, optimizer_state, state, run.config.num_checkpoint_limit)
+
+
+def load_run(run, checkpoint: Path) -> None:
+    """Put a run back to where `checkpoint` was saved; settings of its own configuration win over the checkpoint's."""
+    weights, optimizer_state, state = load_checkpoint(checkpoint)
+    run.policy.load_trainable_state(weights)
+    run.optimizer.load_state_dict(optimizer_state)
+    for group in run.optimizer.param_groups:
+        calibrated = {"lr": group["lr"]} if run.config.train.kl_per_update > 0 else {}
+        group.update(adam_settings(run.config) | calibrated)
+    run.calibration.remaining = state["calibrations_left"]
+    for name, tracker in run.trackers.items():
+        if tracker and state["trackers"][name]:
+            tracker.load_state_dict(state["trackers"][name])
+    if run.accelerator.scaler and state["loss_scaler"]:
+        run.accelerator.scaler.load_state_dict(state["loss_scaler"])
+    run.epochs_done, run.kl = state["epochs_done"], state["kl"]
+    if run.accelerator.is_main_process:
+        remove_later(checkpoint)
+
+
+def save_checkpoint(
+    run_folder: str | Path,
+    epochs_done: int,
+    weights: dict[str, torch.Tensor],
+    optimizer_state: dict,
+    run_state: dict,
+    limit: int,
+) -> Path:
+    """Write `checkpoint_XXXX` into `run_folder` and remove the oldest beyond `limit`. run_state: JSON values."""
     run_folder = Path(run_folder)
     for leftover in run_folder.glob(f"{PARTIAL}{PREFIX}*"):
         shutil.rmtree(leftover)
@@ -54,20 +117,21 @@ def save_checkpoint(run_folder, epochs_done, weights, optimizer_state, run_state
     return folder
 
 
-def checkpoints(run_folder):
+def checkpoints(run_folder: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
     found = [path for path in Path(run_folder).glob(f"{PREFIX}*") if _epochs(path) is not None]
     return sorted(found, key=_epochs)
 
 
-def find_checkpoint(path, previous_if_damaged=False):
-    """The checkpoint to go on from: `path` itself, or the newest one in the run folder `path`.
+def find_checkpoint(path: str | Path, previous_if_damaged: bool = False) -> Path:
+    """The checkpoint to resume from: `path` itself, or the newest one in the run folder `path`.
 
-    previous_if_damaged: step back to the newest sound one. Raises FileNotFoundError or DamagedCheckpoint."""
+    previous_if_damaged: step back to the newest intact one. Raises FileNotFoundError or DamagedCheckpoint.
+    """
     path = Path(path)
     if not path.is_dir():
         raise FileNotFoundError(
-            f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its checkpoint folders."
+            f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its checkpoint folders"
         )
     single = _epochs(path) is not None
     found = checkpoints(path.parent if single else path)
@@ -75,8 +139,8 @@ def find_checkpoint(path, previous_if_damaged=False):
         found = found[: found.index(path) + 1]
     if not found:
         raise FileNotFoundError(
-            f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one "
-            f"of its checkpoint folders."
+            f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one of its checkpoint "
+            f"folders"
         )
     for folder in reversed(found):
         problem = damage(folder)
@@ -84,15 +148,13 @@ def find_checkpoint(path, previous_if_damaged=False):
             return folder
         if not previous_if_damaged:
             raise DamagedCheckpoint(
-                f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True "
-                f"to go on from the one before it, or name another one in config.resume_from."
+                f"{folder} is damaged ({problem}): set config.resume_previous_if_damaged to True to resume from the "
+                f"one before it, or name another one in config.resume_from"
             )
-    raise DamagedCheckpoint(
-        f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new run."
-    )
+    raise DamagedCheckpoint(f"every checkpoint in {found[0].parent} up to {found[-1].name} is damaged: start a new run")
 
 
-def damage(folder):
+def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, in a few words, or None."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -109,16 +171,16 @@ def damage(folder):
     return None
 
 
-def load_checkpoint(folder):
-    """(weights, optimizer_state, run_state) of a sound checkpoint folder."""
+def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict, dict]:
+    """(weights, optimizer_state, run_state) of an intact checkpoint folder."""
     folder = Path(folder)
     weights = load_file(folder / "weights.safetensors")
     optimizer_state = torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu")
     return weights, optimizer_state, json.loads((folder / "run.json").read_text())
 
 
-def forget_later(folder):
-    """Remove the checkpoints newer than `folder`: the run goes on from there, and their epochs are run again."""
+def remove_later(folder: Path) -> None:
+    """Remove the checkpoints newer than `folder`: the run resumes from there, and their epochs are run again."""
     for newer in checkpoints(folder.parent):
         if _epochs(newer) > _epochs(folder):
             _remove(newer)

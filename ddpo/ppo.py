@@ -4,15 +4,15 @@ import torch
 
 
 def ppo_loss(
-    log_prob,
-    log_prob_old,
-    advantages,
-    clip_range,
-    adv_clip_max,
-    log_prob_reference=None,
-    kl_beta=0.0,
-    weight=None,
-):
+    log_prob: torch.Tensor,
+    log_prob_old: torch.Tensor,
+    advantages: torch.Tensor,
+    clip_range: float,
+    adv_clip_max: float,
+    log_prob_reference: torch.Tensor | None = None,
+    kl_beta: float = 0.0,
+    weight: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """mean_b weight * (max(-A r, -A clamp(r, 1 - clip_range, 1 + clip_range)) + kl_beta * log_ratio_reference)
 
     with r = exp(log_prob - log_prob_old), A = clamp(advantages, +-adv_clip_max) and
@@ -33,7 +33,7 @@ def ppo_loss(
     if kl_beta and log_prob_reference is None:
         raise ValueError(
             f"kl_beta is {kl_beta} but no log_prob_reference is given: sample with the reference model "
-            f"(kl_penalty = True) or set kl_beta = 0."
+            f"(kl_penalty = True) or set kl_beta = 0"
         )
     log_ratio = log_prob - log_prob_old
     ratio = log_ratio.exp()
@@ -58,7 +58,7 @@ def ppo_loss(
     return losses.mean(), info
 
 
-def timestep_weights(std, kind):
+def timestep_weights(std: torch.Tensor, kind: str) -> torch.Tensor:
     """Loss weights of the trained steps: (..., T), mean 1 over the last dimension.
 
     std: (..., T) the sigma_t of the T trained steps (`diffusers_patch.ddim_with_logprob.ddim_std`).
@@ -72,4 +72,4 @@ def timestep_weights(std, kind):
     if kind == "noise":
         variance = std**2
         return variance / variance.mean(dim=-1, keepdim=True)
-    raise ValueError(f"train.timestep_weighting is {kind!r}: it must be 'uniform' or 'noise'.")
+    raise ValueError(f"train.timestep_weighting is {kind!r}: it must be 'uniform' or 'noise'")

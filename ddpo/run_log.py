@@ -1,8 +1,9 @@
-"""What a run leaves to look at: metrics.jsonl, curves.png, pictures, and an external tracker if wanted."""
+"""What a run reports: metrics.jsonl, curves.png, pictures, lines of text, and an experiment tracker if wanted."""
 
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -10,7 +11,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from PIL import Image, ImageDraw
+import torch
+from accelerate import Accelerator
+from ml_collections import ConfigDict
+from scipy.stats import sem, ttest_rel
+
+from ddpo.pictures import sample_picture
+from ddpo.sampling import Samples
 
 CURVES = {  # curves.png: title -> (kind of line, key)
     "reward of the samples": ("epoch", "reward_mean"),
@@ -20,25 +27,28 @@ CURVES = {  # curves.png: title -> (kind of line, key)
     "foreground area": ("epoch", "reward/foreground"),
     "gradient norm": ("update", "grad_norm"),
 }
-SIDE = (96, 256)  # about the smallest and the largest side in pixels of a view in a picture
+ROWS = {"views": "painted", "renders": "re-rendered"}  # images of a sample -> their label in pictures
 
 
 class RunLog:
-    """Writes into `folder` on the main process and is silent on the others."""
+    """The reports of one run in `folder`, written by the main process; the others are silent."""
 
-    def __init__(self, folder, accelerator, config):
-        self.folder, self.accelerator = Path(folder), accelerator
-        self.main = accelerator.is_main_process
-        self.lines = []
-        if self.main:
+    def __init__(self, folder: Path, accelerator: Accelerator, config: ConfigDict):
+        self.folder, self.accelerator, self.config = Path(folder), accelerator, config
+        self.lines = []  # of metrics.jsonl
+        if accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
 
-    def resume(self, epochs_done):
-        """Forget what is run again, the epochs from `epochs_done` on and the validation before them: their lines, and
-        the validations' files, which a run of fewer epochs than before would else take for its own."""
+    def say(self, text: str) -> None:
+        """Print a line once, not once per process."""
+        self.accelerator.print(text, flush=True)
+
+    def resume(self, epochs_done: int) -> None:
+        """Drop what is run again, the epochs from `epochs_done` on and the validation before them: their metrics and
+        the validations' files, which would otherwise be compared with if the resumed run is shorter than before."""
         file = self.folder / "metrics.jsonl"
-        if not self.main or not file.exists():
+        if not self.accelerator.is_main_process or not file.exists():
             return
         for text in file.read_text().splitlines():
             try:
@@ -54,46 +64,91 @@ class RunLog:
             if int(validation.stem.removeprefix("epoch_")) >= epochs_done:
                 validation.unlink()
 
-    def write(self, kind, epoch, values):
-        """One line of metrics; kind is "epoch", "update" or "validation"."""
-        if not self.main:
-            return
-        # JSON has no infinity: a gradient that overflowed in float16 is null
-        values = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in values.items()
+    # -- the three reports of a run -----------------------------------------------------------------------------------
+
+    def epoch(
+        self,
+        epoch: int,
+        samples: Samples,
+        prompts: Sequence[str],
+        scores: dict[str, np.ndarray],
+        updates: list[dict],
+        learning_rate: float,
+        seconds: dict[str, float],
+    ) -> None:
+        """Metrics of an epoch and its updates, a picture and one line of text.
+
+        samples, prompts: of this process; scores: over all processes, see `ddpo.sampling.gather_scores`."""
+        reward = scores["reward"]
+        counts, edges = np.histogram(reward, bins=10)
+        line = {
+            **summary(scores),
+            "reward_std": float(reward.std()),
+            "reward_histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
+            "learning_rate": learning_rate,
+            "seconds": seconds,
         }
-        line = {"kind": kind, "epoch": epoch, **values}
-        self.lines.append(line)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
-        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=epoch)
+        self._write("epoch", epoch, line)
+        self._histogram("reward", reward, epoch)
+        for i, statistics in enumerate(updates):
+            self._write("update", epoch, {"update": i, **statistics})
+        if epoch % self.config.save_freq == 0:
+            images = {"views": samples.trajectory.views, "renders": samples.renders}
+            rows = {ROWS[name]: value for name, value in images.items() if value is not None}
+            self._picture("epoch", epoch, rows, _reward_notes(samples.reward), prompts)
 
-    def histogram(self, name, values, epoch):
-        """A histogram in the external tracker, where it can show one."""
-        if not self.main:
+        learning = "(fills the trackers, no update)"
+        if updates:
+            learning = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
+        times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())
+        self.say(
+            f"epoch {epoch:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {line.get('kl_mean', 0.0):.2e}  "
+            f"{learning}  {times}"
+        )
+
+    def validation(self, epochs_done: int, results: dict[str, np.ndarray], prompts: Sequence[str]) -> None:
+        """Metrics of a validation, its views and rewards as validation/epoch_XXXX.npz, a picture and one line of text.
+
+        results: over all processes, see `ddpo.sampling.gather_validation`."""
+        reward = results["reward"]
+        line = summary(results) | {
+            "reward_standard_error": standard_error(reward),
+            **{f"{name}s": results[name].tolist() for name in ("reward", "kl") if name in results},
+        }
+        self._write("validation", epochs_done, line)
+        if self.accelerator.is_main_process:
+            file = self.folder / "validation" / f"epoch_{epochs_done:04d}.npz"
+            file.parent.mkdir(exist_ok=True)
+            images = {name: results[name] for name in ROWS if name in results}
+            np.savez_compressed(file, rewards=reward, prompts=np.array(prompts), **images)
+            rows = {ROWS[name]: torch.as_tensor(value) / 255 for name, value in images.items()}
+            self._picture("validation", epochs_done, rows, _reward_notes(reward), prompts)
+        self.say(
+            f"validation after {epochs_done} epochs: reward {line['reward_mean']:+.4f} +- "
+            f"{line['reward_standard_error']:.4f} (standard error over {len(reward)} prompts)"
+            + (f", kl {line['kl_mean']:.2e}" if "kl_mean" in line else "")
+        )
+
+    def final(self, epochs_done: int) -> None:
+        """Compare the last validation with the first: a picture and the closing lines of the run."""
+        if not self.accelerator.is_main_process:
             return
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                import wandb
+        self.curves()
+        rewards = [np.array(line["rewards"]) for line in self.lines if line["kind"] == "validation"]
+        before, after = rewards[0], rewards[-1]
+        gain = after - before
+        self._before_and_after(epochs_done)
+        p = ttest_rel(after, before).pvalue if gain.std() > 0 else float("nan")
+        self.say(
+            f"\nvalidation reward before {before.mean():+.4f} +- {standard_error(before):.4f}, after "
+            f"{after.mean():+.4f} +- {standard_error(after):.4f}: {100 * gain.mean() / abs(before.mean()):+.1f} % "
+            f"(paired t-test over {len(gain)} prompts: p = {p:.1e})\n"
+            f"the weights are in {self.folder / 'final'}, curves and pictures in {self.folder}"
+        )
 
-                tracker.log({name: wandb.Histogram(values)}, step=epoch)
-            elif tracker.name == "tensorboard":
-                tracker.writer.add_histogram(name, np.asarray(values), epoch)
-
-    def picture(self, kind, epoch, picture):
-        """Save a PIL picture as samples/<kind>_<epoch>.png and show it in the tracker."""
-        file = self.folder / "samples" / f"{kind}_{epoch:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file)
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch, **layout)
-
-    def curves(self):
-        """Draw curves.png from all lines so far."""
-        if not self.main or not self.lines:
+    def curves(self) -> None:
+        """Draw curves.png from all metrics so far."""
+        if not self.accelerator.is_main_process or not self.lines:
             return
         figure, axes = plt.subplots(2, 3, figsize=(13, 6), constrained_layout=True)
         for axis, (title, (kind, key)) in zip(axes.flat, CURVES.items(), strict=True):
@@ -112,32 +167,78 @@ class RunLog:
         plt.close(figure)
         os.replace(self.folder / "curves.tmp.png", self.folder / "curves.png")
 
+    # -- where reports go ---------------------------------------------------------------------------------------------
 
-def sample_picture(rows, notes, captions, columns=4):
-    """Rows of views object by object, such as painted views over re-rendered views, under caption and note: a PIL
-    image.
+    def _write(self, kind, epoch, values):
+        """One line of metrics.jsonl; kind is "epoch", "update" or "validation"."""
+        if not self.accelerator.is_main_process:
+            return
+        # JSON has no infinity: a gradient that overflowed in float16 is null
+        values = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in values.items()
+        }
+        line = {"kind": kind, "epoch": epoch, **values}
+        self.lines.append(line)
+        with open(self.folder / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
+        self.accelerator.log(numbers, step=epoch)
 
-    rows: what a row shows, written into it -> its views (N, V, 3, S, S) in [0, 1]; notes, captions: N strings."""
-    N, V, _, _, S = next(iter(rows.values())).shape
-    side = min(S * max(1, round(SIDE[0] / S)), SIDE[1])
-    width, height, text = V * side, len(rows) * side, 26
-    columns = min(columns, N)
-    canvas = Image.new("RGB", (columns * (width + 8), -(-N // columns) * (height + text + 8)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for n in range(N):
-        x, y = (n % columns) * (width + 8), (n // columns) * (height + text + 8)
-        draw.text((x + 2, y), captions[n][: width // 6], fill="black")
-        draw.text((x + 2, y + 12), notes[n], fill="black")
-        for r, (label, row) in enumerate(rows.items()):
-            canvas.paste(_strip(row[n], side), (x, y + text + r * side))
-            draw.text((x + 2, y + text + r * side), label, fill="gray")
-        draw.rectangle([x - 1, y + text - 1, x + width, y + text + height], outline="lightgray")
-    return canvas
+    def _histogram(self, name, values, epoch):
+        """A histogram in the tracker, where it can show one."""
+        if not self.accelerator.is_main_process:
+            return
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "wandb":
+                import wandb
+
+                tracker.log({name: wandb.Histogram(values)}, step=epoch)
+            elif tracker.name == "tensorboard":
+                tracker.writer.add_histogram(name, np.asarray(values), epoch)
+
+    def _picture(self, kind, epoch, rows, notes, captions):
+        """samples/<kind>_<epoch>.png of the first `sample.save_images` objects; see `sample_picture`."""
+        shown = self.config.sample.save_images
+        if not shown or not self.accelerator.is_main_process:
+            return
+        picture = sample_picture({label: row[:shown] for label, row in rows.items()}, notes, captions)
+        file = self.folder / "samples" / f"{kind}_{epoch:04d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(file)
+        for tracker in self.accelerator.trackers:
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch, **layout)
+
+    def _before_and_after(self, epochs_done):
+        """samples/before_after_<epochs>.png: validation prompts, painted and re-rendered, before and after."""
+        files = sorted((self.folder / "validation").glob("epoch_*.npz"))
+        before, after = np.load(files[0]), np.load(files[-1])
+        rows = {
+            f"{label}, {when}": torch.as_tensor(data[name]) / 255
+            for when, data in (("before", before), ("after", after))
+            for name, label in ROWS.items()
+            if name in data
+        }
+        rewards = zip(before["rewards"], after["rewards"], strict=True)
+        notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in rewards]
+        self._picture("before_after", epochs_done, rows, notes, [str(prompt) for prompt in before["prompts"]])
 
 
-def _strip(views, side):
-    """Views (V, 3, S, S) in [0, 1] side by side, each `side` pixels wide: a PIL image."""
-    V, _, S, _ = views.shape
-    pixels = (views.permute(2, 0, 3, 1).reshape(S, V * S, 3).float().clamp(0, 1) * 255).round().byte()
-    sharp = Image.Resampling.NEAREST if side >= S else Image.Resampling.BOX
-    return Image.fromarray(pixels.cpu().numpy()).resize((V * side, side), sharp)
+def summary(scores: dict[str, np.ndarray]) -> dict[str, float]:
+    """The numbers that epochs and validations share, from the scores of all samples."""
+    line = {
+        "reward_mean": float(scores["reward"].mean()),
+        "reward/empty_views": float(scores["empty"].any(1).mean()),
+        "reward/foreground": float(scores["foreground"].mean()),
+    }
+    return line | ({"kl_mean": float(scores["kl"].mean())} if "kl" in scores else {})
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean of values (N,); 0 for a single one, which has none."""
+    return float(sem(values)) if len(values) > 1 else 0.0
+
+
+def _reward_notes(rewards):
+    return [f"reward {value:.3f}" for value in rewards.tolist()]

@@ -1,116 +1,135 @@
-"""An epoch's samples: who paints which prompt with which random numbers, and what the judge says."""
+"""An epoch's samples: which process paints which prompt with which random numbers, and what reward each sample gets."""
 
 import time
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
+from prompts.dataset import PromptDataset
 
-# What random numbers are for. Every use has a stream of its own, made from the run's seed, so that a resumed run needs
-# no saved state and a sample does not depend on how many processes paint.
+# What random numbers are used for. Every use has a stream of its own, made from the run's seed, so that a resumed run
+# needs no saved state and a sample does not depend on how many processes paint.
 PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION = range(5)
 
 
-def generator(seed, purpose, *indices):
-    """A torch.Generator (CPU) of its own for every (seed, purpose, indices)."""
+def make_generator(seed: int, purpose: int, *indices: int) -> torch.Generator:
+    """A random generator (CPU) of its own for every (seed, purpose, indices)."""
     state = np.random.SeedSequence([seed, purpose, *indices]).generate_state(1, np.uint64)[0]
     return torch.Generator().manual_seed(int(state) & (2**63 - 1))
 
 
 @dataclass
 class Samples:
-    """What one process painted: a trajectory of its N samples and the judge's verdict on them."""
+    """N samples that one process painted, and their scores."""
 
     trajectory: Trajectory
     reward: torch.Tensor  # (N,)
-    foreground: torch.Tensor  # (N,) mean share of the views that is foreground
-    empty: torch.Tensor  # (N,) bool, some view is empty
+    foreground: torch.Tensor  # (N, V) share of each view that is foreground
+    empty: torch.Tensor  # (N, V) bool
     renders: torch.Tensor | None  # (N, V, 3, S, S)
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
 
-    def rows(self):
-        """One dict of numpy values per sample: reward, foreground, empty, views and renders as bytes, kl if known."""
-
-        def to_bytes(images):
-            return (images * 255).round().byte()
-
-        columns = {
-            "reward": self.reward,
-            "foreground": self.foreground,
-            "empty": self.empty,
-            "views": to_bytes(self.trajectory.views),
-            **({} if self.renders is None else {"renders": to_bytes(self.renders)}),
-            **({} if self.kl is None else {"kl": self.kl}),
-        }
-        columns = {name: values.cpu().numpy() for name, values in columns.items()}
-        return [{name: values[i] for name, values in columns.items()} for i in range(len(self.reward))]
+    def scores(self) -> dict[str, torch.Tensor]:
+        """reward (N,), foreground (N, V), empty (N, V), and kl (N,) if it is known."""
+        scores = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty}
+        return scores if self.kl is None else {**scores, "kl": self.kl}
 
 
-def paint(policy, reward, prompts, generators, config, reference, progress=False):
-    """Paint and judge N `prompts`, `config.sample.batch_size` at a time, with N generators. Returns Samples."""
-    batches, verdicts, seconds = [], [], {"sampling": 0.0, "reward": 0.0}
+def collect_samples(
+    policy: MultiViewPolicy,
+    reward_fn: Callable,
+    prompts: Sequence[str],
+    generators: list[torch.Generator],
+    config: ConfigDict,
+    score_reference: bool,
+    show_progress: bool = False,
+) -> Samples:
+    """Paint and score N prompts with N generators, `config.sample.batch_size` at a time."""
+    trajectories, results, seconds = [], [], {"sampling": 0.0, "reward": 0.0}
     size, suffix = config.sample.batch_size, config.sample.prompt_suffix
-    bar = tqdm(total=len(prompts), leave=False, disable=not progress)
+    bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
     for first in range(0, len(prompts), size):
-        part = slice(first, first + size)
+        batch = slice(first, first + size)
         bar.set_description("sampling")
         start = time.perf_counter()
-        batches.append(
-            rollout(
-                policy,
-                [prompt + suffix for prompt in prompts[part]],
-                config.sample.num_steps,
-                config.sample.guidance_scale,
-                config.sample.eta,
-                generators[part],
-                reference=reference,
-                progress=progress,
-            )
+        trajectory = rollout(
+            policy,
+            [prompt + suffix for prompt in prompts[batch]],
+            config.sample.num_steps,
+            config.sample.guidance_scale,
+            config.sample.eta,
+            generators[batch],
+            score_reference=score_reference,
+            show_progress=show_progress,
         )
+        trajectories.append(trajectory)
         bar.set_description("reward")
         middle = time.perf_counter()
-        verdicts.append(reward(batches[-1].views, prompts[part]))
+        results.append(reward_fn(trajectory.views, prompts[batch]))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
-        bar.update(len(prompts[part]))
+        bar.update(len(trajectory))
     bar.close()
 
-    def joined(name):
-        return torch.cat([getattr(verdict, name) for verdict in verdicts])
+    def cat(name):
+        return torch.cat([getattr(result, name) for result in results])
 
-    trajectory = concatenate(batches)
+    trajectory = Trajectory.cat(trajectories)
     return Samples(
         trajectory=trajectory,
-        reward=joined("reward").float(),
-        foreground=joined("foreground").mean(1),
-        empty=joined("empty").any(1),
-        renders=None if verdicts[0].renders is None else joined("renders"),
+        reward=cat("reward").float(),
+        foreground=cat("foreground"),
+        empty=cat("empty"),
+        renders=None if results[0].renders is None else cat("renders"),
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
     )
 
 
-def concatenate(trajectories):
-    """One Trajectory of many."""
-
-    def join(values):
-        if values[0] is None:
-            return None
-        if isinstance(values[0], dict):
-            return {name: torch.cat([value[name] for value in values]) for name in values[0]}
-        return torch.cat(values)
-
-    return Trajectory(**{f.name: join([getattr(t, f.name) for t in trajectories]) for f in fields(Trajectory)})
+def local_slice(num_samples: int, accelerator: Accelerator) -> slice:
+    """Which of the `num_samples` of an epoch, a multiple of the number of processes, this process paints."""
+    per_process = num_samples // accelerator.num_processes
+    return slice(per_process * accelerator.process_index, per_process * (accelerator.process_index + 1))
 
 
-def epoch_prompts(dataset, config, epoch, num_processes):
-    """The prompts of an epoch for all processes together: the first epoch shows every training prompt `min_count` times
-    to fill the trackers, later ones draw at random."""
+def gather_scores(samples: Samples, accelerator: Accelerator) -> dict[str, np.ndarray]:
+    """`Samples.scores` over all processes, each with equally many samples, in the order of the epoch's prompts."""
+    return {name: accelerator.gather(value.float()).cpu().numpy() for name, value in samples.scores().items()}
+
+
+def gather_validation(samples: Samples | None, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """Scores, and views and renders as bytes, over all processes, in the order of `indices`.
+
+    indices: where this process's samples stand in the whole. Processes may have different numbers of samples; one that
+    has none gives None.
+    """
+    rows = []
+    if samples is not None:
+        images = {"views": samples.trajectory.views, "renders": samples.renders}
+        columns = samples.scores() | {
+            name: (value * 255).round().byte() for name, value in images.items() if value is not None
+        }
+        columns = {name: value.cpu().numpy() for name, value in columns.items()}
+        rows = [(index, {name: value[i] for name, value in columns.items()}) for i, index in enumerate(indices)]
+    rows = [row for _, row in sorted(gather_object(rows), key=lambda item: item[0])]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def epoch_prompts(dataset: PromptDataset, config: ConfigDict, epoch: int, num_processes: int) -> list[str]:
+    """The prompts of an epoch, for all processes together.
+
+    The first epoch has every training prompt `min_count` times, to fill the trackers; later ones draw at random.
+    """
     if epoch == 0 and config.per_prompt_stat_tracking is not None:
         batch = config.sample.batch_size * num_processes
         return dataset.fill_epoch(config.per_prompt_stat_tracking.min_count, batch, config.sample.total_batch_size)[0]
-    return dataset.sample(config.sample.total_batch_size, generator(config.seed, PROMPTS, epoch))[0]
+    return dataset.sample(config.sample.total_batch_size, make_generator(config.seed, PROMPTS, epoch))[0]

@@ -5,6 +5,7 @@ of the advantage, like a value function would (DDPO, Black et al. 2023, section 
 """
 
 from collections import deque
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,19 +17,19 @@ class PerPromptStatTracker:
 
     buffer_size: how many values a prompt's FIFO holds, >= 1.
     min_count: while a prompt's FIFO holds fewer values, the statistics of the whole batch are used instead, >= 1.
-        With min_count > buffer_size that is so for ever.
+        With min_count > buffer_size that is always so.
     Raises ValueError for values below 1.
     """
 
-    def __init__(self, buffer_size, min_count):
+    def __init__(self, buffer_size: int, min_count: int):
         for key, value in (("buffer_size", buffer_size), ("min_count", min_count)):
             if value < 1:
-                raise ValueError(f"per_prompt_stat_tracking.{key} is {value}: it must be 1 or more.")
+                raise ValueError(f"per_prompt_stat_tracking.{key} is {value}: it must be 1 or more")
         self.buffer_size = buffer_size
         self.min_count = min_count
         self._history = {}  # prompt -> deque of floats, oldest first
 
-    def update(self, prompts, values):
+    def update(self, prompts: Sequence[str], values: np.ndarray) -> np.ndarray:
         """Append the values to their prompts' FIFOs, then return them normalised: (value - mean) / (std + 1e-6).
 
         prompts: N strings; values: (N,) array, tensor or list. All values of the call enter the FIFOs before any
@@ -48,35 +49,35 @@ class PerPromptStatTracker:
             normalised[i] = (values[i] - seen.mean()) / (seen.std() + STD_EPSILON)
         return normalised
 
-    def get_stats(self):
+    def get_stats(self) -> dict[str, dict]:
         """{prompt: {"mean", "std", "count"}} of the FIFOs; std is the population std without epsilon."""
         return {
             prompt: {"mean": float(np.mean(history)), "std": float(np.std(history)), "count": len(history)}
             for prompt, history in self._history.items()
         }
 
-    def state_dict(self):
+    def state_dict(self) -> dict:
         """The FIFOs as plain lists of floats: exact, and fit for JSON."""
         return {"history": {prompt: list(history) for prompt, history in self._history.items()}}
 
-    def load_state_dict(self, state):
-        """Take over the FIFOs of `state_dict()`. `buffer_size` and `min_count` stay those of this tracker: if its
+    def load_state_dict(self, state: dict) -> None:
+        """Load the FIFOs of `state_dict()`. `buffer_size` and `min_count` stay those of this tracker: if its
         buffer is smaller than the saved one, the newest values are kept."""
         self._history = {prompt: deque(values, maxlen=self.buffer_size) for prompt, values in state["history"].items()}
 
 
-def one_value_per_prompt(name, values, prompts):
+def one_value_per_prompt(name: str, values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """`values` as a (N,) array for N prompts. Raises ValueError, which calls it `name`, for another shape or a value
     that is NaN or infinite."""
     values = np.asarray(values)
     if values.shape != (len(prompts),):
         raise ValueError(
-            f"{name} has shape {values.shape} but there are {len(prompts)} prompts: give one value per prompt."
+            f"{name} has shape {values.shape} but there are {len(prompts)} prompts: give one value per prompt"
         )
     finite = np.isfinite(values)
     if not finite.all():
         raise ValueError(
             f"{name} holds {int((~finite).sum())} NaN or infinite values, the first of prompt "
-            f"{prompts[int(finite.argmin())]!r}: nothing can be learnt from them; mend what computes them."
+            f"{prompts[int(finite.argmin())]!r}: nothing can be learned from them; fix what computes them"
         )
     return values

@@ -23,19 +23,20 @@ Three properties hold on purpose:
 import math
 
 import torch
+from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
 
 def ddim_step_with_logprob(
-    scheduler,
-    model_output,
-    timestep,
-    sample,
-    eta=0.0,
-    use_clipped_model_output=False,
-    generator=None,
-    prev_sample=None,
-):
+    scheduler: DDIMScheduler,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor | int,
+    sample: torch.Tensor,
+    eta: float = 0.0,
+    use_clipped_model_output: bool = False,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    prev_sample: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Draw x_{t-1} (or take the given one) and return it with its log-probability.
 
     scheduler: a stock `DDIMScheduler` after `set_timesteps`.
@@ -51,7 +52,7 @@ def ddim_step_with_logprob(
     if prev_sample is not None and generator is not None:
         raise ValueError(
             "ddim_step_with_logprob got both generator and prev_sample: a given prev_sample is only "
-            "scored, so pass the generator only when it is to be drawn."
+            "scored, so pass the generator only when it is to be drawn"
         )
     mean, std = ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_model_output)
     if prev_sample is None:
@@ -59,12 +60,18 @@ def ddim_step_with_logprob(
     return prev_sample, gaussian_log_prob(prev_sample, mean, std)
 
 
-def ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_model_output=False):
+def ddim_mean_std(
+    scheduler: DDIMScheduler,
+    model_output: torch.Tensor,
+    timestep: torch.Tensor | int,
+    sample: torch.Tensor,
+    eta: float,
+    use_clipped_model_output: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The Gaussian that a DDIM step draws from: (mean (B, ...), std (B, 1, ...)), in float32 (or float64).
 
-    Arguments as in `ddim_step_with_logprob`. Whoever needs more than one number of a step (a draw, its
-    log-probability, the KL to a reference) computes this once and passes it to `draw`, `gaussian_log_prob`,
-    `analytic_kl`.
+    Arguments as in `ddim_step_with_logprob`. To get more than one number of a step (a draw, its log-probability, the
+    KL to a reference), compute this once and pass it to `draw`, `gaussian_log_prob` and `analytic_kl`.
     Raises ValueError if the scheduler has no timesteps or an unknown `prediction_type`, or if the number of timesteps
     is neither 1 nor B.
     """
@@ -76,8 +83,7 @@ def ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_mo
     a_t, a_prev = _alphas(scheduler, timestep, sample.device)
     if a_t.numel() not in (1, len(sample)):
         raise ValueError(
-            f"timestep has {a_t.numel()} elements but the batch has {len(sample)}: "
-            f"give one timestep, or one per sample."
+            f"timestep has {a_t.numel()} elements but the batch has {len(sample)}: give one timestep, or one per sample"
         )
     per_sample = (-1,) + (1,) * (sample.ndim - 1)
     a_t, a_prev = a_t.to(dtype).view(per_sample), a_prev.to(dtype).view(per_sample)
@@ -96,8 +102,14 @@ def ddim_mean_std(scheduler, model_output, timestep, sample, eta, use_clipped_mo
     return mean, var.sqrt()
 
 
-def draw(mean, std, generator=None, noise_dtype=torch.float32, dtype=torch.float32):
-    """x_{t-1} = mean + std * noise, rounded to the storage type `dtype` before anybody scores it. Shape as `mean`.
+def draw(
+    mean: torch.Tensor,
+    std: torch.Tensor,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    noise_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """x_{t-1} = mean + std * noise, rounded to the storage type `dtype` before it is scored. Shape as `mean`.
 
     `noise_dtype` is the type in which the random numbers are drawn (the network's, as in DDPO: generators give
     different streams for different types). `generator` may be a CPU generator for latents on a GPU, or a list of B.
@@ -106,7 +118,7 @@ def draw(mean, std, generator=None, noise_dtype=torch.float32, dtype=torch.float
     return (mean + std * noise.to(mean.dtype)).to(dtype)
 
 
-def gaussian_log_prob(prev_sample, mean, std):
+def gaussian_log_prob(prev_sample: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """log N(prev_sample; mean, std^2), averaged over all dimensions but the first: (B,), nats per dimension.
 
     prev_sample, mean: (B, ...); std broadcasts, (B, 1, ...). The gradient flows into `mean` alone, as a policy gradient
@@ -117,7 +129,7 @@ def gaussian_log_prob(prev_sample, mean, std):
     return log_density.flatten(1).mean(dim=1)
 
 
-def analytic_kl(mean, mean_reference, std):
+def analytic_kl(mean: torch.Tensor, mean_reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """KL(theta || reference) of one step in closed form, ||mean - mean_reference||^2 / (2 std^2), mean over dimensions.
 
     mean, mean_reference: (B, ...); std broadcasts, (B, 1, ...). Returns (B,) >= 0, nats per dimension. Both Gaussians
@@ -127,14 +139,14 @@ def analytic_kl(mean, mean_reference, std):
     return ((mean - mean_reference) ** 2 / (2 * std**2)).flatten(1).mean(dim=1)
 
 
-def ddim_std(scheduler, timestep, eta):
+def ddim_std(scheduler: DDIMScheduler, timestep: torch.Tensor | int, eta: float) -> torch.Tensor:
     """The std of the step at `timestep` (int or tensor of any shape): float32 of that shape, on timestep's device."""
     timestep = torch.as_tensor(timestep)
     a_t, a_prev = _alphas(scheduler, timestep, timestep.device)
     return eta * _posterior_variance(a_t, a_prev).sqrt().view(timestep.shape)
 
 
-def check_scheduler(scheduler):
+def check_scheduler(scheduler: DDIMScheduler) -> None:
     """Raise ValueError if a step of the scheduler's current schedule has no density (its std would be 0).
 
     That happens at t = 0, whose previous timestep is 0 too: `steps_offset = 0` and `linspace` spacing end there.
@@ -143,9 +155,9 @@ def check_scheduler(scheduler):
     last = int(scheduler.timesteps[-1])
     if last == 0:
         raise ValueError(
-            f"The scheduler's last timestep is 0 (timestep_spacing = {scheduler.config.timestep_spacing!r}, "
+            f"the scheduler's last timestep is 0 (timestep_spacing = {scheduler.config.timestep_spacing!r}, "
             f"steps_offset = {scheduler.config.steps_offset}), where the step has no noise and its log-probability is "
-            f"NaN: set steps_offset = 1 and timestep_spacing = 'leading' in the scheduler's config."
+            f"NaN: set steps_offset = 1 and timestep_spacing = 'leading' in the scheduler's config"
         )
 
 
@@ -160,7 +172,7 @@ def _alphas(scheduler, timestep, device):
 
 def _step_length(scheduler):
     if not scheduler.num_inference_steps:
-        raise ValueError("The scheduler has no timesteps yet: call scheduler.set_timesteps(num_steps) first.")
+        raise ValueError("the scheduler has no timesteps yet: call scheduler.set_timesteps(num_steps) first")
     return scheduler.config.num_train_timesteps // scheduler.num_inference_steps
 
 
@@ -178,5 +190,5 @@ def _predict_x0_and_noise(prediction_type, output, x_t, a_t):
     if prediction_type == "v_prediction":
         return signal * x_t - noise * output, signal * output + noise * x_t
     raise ValueError(
-        f"The scheduler's prediction_type is {prediction_type!r}: it must be 'epsilon', 'sample' or 'v_prediction'."
+        f"the scheduler's prediction_type is {prediction_type!r}: it must be 'epsilon', 'sample' or 'v_prediction'"
     )

@@ -42,7 +42,7 @@ class MVSDXL(MultiViewPolicy):
         return unet(latents.to(unet.dtype), timesteps, embeds, added_cond_kwargs=added).sample
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1], reading order of the grid."""
         vae = self.pipeline.vae
         parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(DECODE_BATCH)
@@ -50,7 +50,7 @@ class MVSDXL(MultiViewPolicy):
         return split_grid((grids / 2 + 0.5).clamp(0, 1))
 
 
-def split_grid(grids):
+def split_grid(grids: torch.Tensor) -> torch.Tensor:
     """(B, 3, 2S, 2S) -> (B, 4, 3, S, S): top left, top right, bottom left, bottom right."""
     B, C, H, W = grids.shape
     return grids.reshape(B, C, 2, H // 2, 2, W // 2).permute(0, 2, 4, 1, 3, 5).reshape(B, 4, C, H // 2, W // 2)

@@ -47,8 +47,8 @@ class ViewsAttend:
         return self.attend(attn, together, *args, **kwargs).reshape(hidden_states.shape)
 
 
-def let_views_attend(unet, attend=None, views=VIEWS):
-    """Give the self-attentions (`attn1`) of a UNet the fold over `views`; cross-attentions stay per view.
+def let_views_attend(unet: UNet2DConditionModel, attend=None, views: int = VIEWS) -> UNet2DConditionModel:
+    """Let the self-attentions (`attn1`) of a UNet run over all `views` of a sample; cross-attentions stay per view.
 
     attend: the processor below both, None = fused attention."""
     attend = attend or AttnProcessor2_0()
@@ -80,10 +80,10 @@ RENAMED_IN_RESNET = {
 }
 
 
-def ldm_name(name, config):
-    """What the ldm code base calls the weight `name` of a stock UNet with `config`.
+def ldm_name(name: str, config) -> str:
+    """The name in the ldm code base of the weight `name` of a stock UNet with `config`.
 
-    ldm numbers the layers of all blocks in one row: `layers_per_block` (one more on the way up) and a sampler."""
+    ldm numbers the layers of all blocks consecutively: `layers_per_block` (one more on the way up) and a sampler."""
     for stock, ldm in RENAMED.items():
         name = name.replace(stock, ldm) if name.startswith(stock) else name
     match = re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)", name)
@@ -106,11 +106,11 @@ def ldm_name(name, config):
     return name
 
 
-def convert_mvdream_unet(state_dict, **unet_overrides):
-    """Weights under MVDream's own (ldm) names -> the stock UNet that folds views out.
+def convert_mvdream_unet(state_dict: dict[str, torch.Tensor], **unet_overrides) -> UNet2DConditionModel:
+    """Weights under MVDream's own (ldm) names -> the stock UNet whose self-attention runs over all views.
 
     state_dict: {key: tensor}, with or without the prefix "model.diffusion_model."; other keys of a whole checkpoint are
-    left aside where the prefix is used. unet_overrides: entries of the stock UNet's config that differ from the public
+    ignored where the prefix is used. unet_overrides: entries of the stock UNet's config that differ from the public
     model's. Tensors on the meta device give a UNet on the meta device.
     Raises ValueError that lists what is missing or unknown."""
     prefixed = any(key.startswith(PREFIX) for key in state_dict)
@@ -135,8 +135,8 @@ class MVDream(MultiViewPolicy):
     """A stock `StableDiffusionPipeline` whose UNet takes cameras, as a multi-view policy. Latents are (B, 4, 4, h, w),
     views first: the four of a sample are one action.
 
-    camera_vectors: (4, 16), what the UNet is told of `cameras`; negative_prompt: what the unconditional branch of the
-    guidance is told."""
+    camera_vectors: (4, 16), `cameras` in the form that the UNet is conditioned on. negative_prompt: the prompt of the
+    unconditional branch of the guidance."""
 
     def __init__(self, pipeline, cameras, camera_vectors, guidance_rescale=0.0, negative_prompt=""):
         super().__init__(pipeline, cameras, guidance_rescale)
@@ -176,7 +176,7 @@ class MVDream(MultiViewPolicy):
         return output.unflatten(0, (B, VIEWS))
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1]."""
         vae = self.pipeline.vae
         parts = (latents.flatten(0, 1) / vae.config.scaling_factor).to(vae.dtype).split(VIEWS * DECODE_BATCH)

@@ -1,13 +1,5 @@
-"""The public files of MVDream, as one stock diffusers pipeline.
+"""The public files of MVDream, in any of their three layouts, as one stock diffusers pipeline."""
 
-    python -m diffusers_patch.mvdream_checkpoints SOURCE OUT [--tokenizer FOLDER]
-
-SOURCE is a folder or hub id in the layout of ashawkey/mvdream-sd2.1-diffusers, or the original file
-sd-v2.1-base-4view.pt, which has no tokenizer, so that one must be given. OUT becomes a folder that stock
-`StableDiffusionPipeline.from_pretrained` loads; the trainer reads all three.
-"""
-
-import argparse
 from pathlib import Path
 
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -54,12 +46,21 @@ WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.
 TEXT_PREFIX = "cond_stage_model.model."
 
 
-def load_mvdream_pipeline(source, revision=None, tokenizer="", scheduler=None, **ldm_configs):
-    """MVDream as a stock `StableDiffusionPipeline`, from any of its layouts; nothing is fetched for a local path.
+def load_mvdream_pipeline(
+    source: str | Path,
+    revision: str | None = None,
+    tokenizer: str = "",
+    scheduler: DDIMScheduler | None = None,
+    **ldm_configs,
+) -> StableDiffusionPipeline:
+    """MVDream as a stock `StableDiffusionPipeline`; nothing is fetched for a local path.
 
-    source: a folder or hub id, stock or ashawkey's, or an ldm file; tokenizer: folder of CLIP's tokenizer, for an ldm
-    file only; ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
-    Raises FileNotFoundError or ValueError with one sentence."""
+    source: a folder or hub id, of a stock pipeline or in the layout of ashawkey/mvdream-sd2.1-diffusers, or the
+        original (ldm) file sd-v2.1-base-4view.pt.
+    tokenizer: folder of CLIP's tokenizer, for an ldm file only, which has none.
+    ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
+    Raises FileNotFoundError or ValueError with one sentence.
+    """
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
     where = {
@@ -82,8 +83,8 @@ def load_mvdream_pipeline(source, revision=None, tokenizer="", scheduler=None, *
     )
 
 
-def stock_unet_config(config):
-    """The stock UNet's config for one of ashawkey's (ldm) UNets: {} would be the public size."""
+def stock_unet_config(config: dict) -> dict:
+    """The entries of a stock UNet's config that correspond to the config of one of ashawkey's (ldm) UNets."""
     widths = [config["model_channels"] * factor for factor in config["channel_mult"]]
     attends = [2**level in config["attention_resolutions"] for level in range(len(widths))]
     return {
@@ -113,7 +114,7 @@ def _unet_weights(source, revision):
             return read_weights(file)
     raise FileNotFoundError(
         f"{source} has neither {' nor '.join(f'unet/{name}' for name in WEIGHT_FILES)}: give a "
-        f"complete folder or hub id of MVDream."
+        f"complete folder or hub id of MVDream"
     )
 
 
@@ -121,11 +122,11 @@ def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_en
     if not tokenizer or not (Path(tokenizer) / "vocab.json").is_file():
         raise FileNotFoundError(
             f"{file.name} is an ldm file, which has no tokenizer, and {tokenizer or 'nothing'!r} has no "
-            f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion)."
+            f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion)"
         )
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
-        raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt.")
+        raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
     painter = convert_mvdream_unet(weights, **(unet or {}))
     decoder = AutoencoderKL(**{**VAE, **(vae or {})})
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)
@@ -153,7 +154,7 @@ def _load(model, state, file):
         raise ValueError(
             f"{file} does not hold a complete {type(model).__name__}: {len(missing)} weights are missing "
             f"{missing[:3]}, {len(problems.unexpected_keys)} unknown {problems.unexpected_keys[:3]}; give "
-            f"MVDream's sd-v2.1-base-4view.pt."
+            f"MVDream's sd-v2.1-base-4view.pt"
         )
 
 
@@ -168,21 +169,3 @@ def _assemble(unet, vae, text_encoder, tokenizer, scheduler):
         feature_extractor=None,
         requires_safety_checker=False,
     )
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source")
-    parser.add_argument("out")
-    parser.add_argument("--tokenizer", default="")
-    parser.add_argument("--revision", default=None)
-    args = parser.parse_args()
-    try:
-        load_mvdream_pipeline(args.source, args.revision, args.tokenizer).save_pretrained(args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
-    print(f"Wrote {args.out}: train it with --config.painter.name=mvdream --config.pretrained.model={args.out}")
-
-
-if __name__ == "__main__":
-    main()

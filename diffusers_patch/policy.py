@@ -1,15 +1,18 @@
-"""What the trainer finetunes: a multi-view diffusion model seen as a policy.
+"""The painter: a multi-view diffusion model as a policy, which the trainer finetunes.
 
 `MultiViewPolicy` holds what every painter shares: the UNet with its LoRA, the frozen reference, arithmetic types,
-loading and saving. A painter (`MVSDXL`) adds how prompts are encoded, how the UNet is called, how latents become views.
+loading and saving. A painter (`MVSDXL`, `MVDream`) adds how prompts are encoded, how the UNet is called, and how
+latents become views.
 """
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -38,11 +41,6 @@ LORA_TARGETS = {
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def take(conditioning, index):
-    """The conditioning (a dict of (B, ...) tensors) of some of its samples."""
-    return {name: value[index] for name, value in conditioning.items()}
-
-
 class MultiViewPolicy:
     """A multi-view diffusion model whose denoising steps are actions.
 
@@ -51,8 +49,8 @@ class MultiViewPolicy:
     guidance_rescale: 0 = plain guidance (Lin et al. 2023, section 3.4, for values up to 1).
 
     Subclasses provide `_encode(prompts) -> conditioning`, `_unconditional(conditioning)` of the same shapes for the
-    other branch of the guidance, `decode(latents) -> views`, `latent_shape` (of one sample) and
-    `_unet(unet, latents, timesteps, conditioning)`; conditioning is a dict of (B, ...) tensors.
+    other branch of the guidance, `decode(latents) -> views (B, V, 3, S, S)` in [0, 1], `latent_shape` (of one sample)
+    and `_unet(unet, latents, timesteps, conditioning)`; conditioning is a dict of (B, ...) tensors.
     """
 
     def __init__(self, pipeline, cameras, guidance_rescale=0.0):
@@ -67,7 +65,7 @@ class MultiViewPolicy:
     def device(self):
         return self.unet.device
 
-    def to(self, device, mixed_precision="no"):
+    def to(self, device: torch.device | str, mixed_precision: str = "no") -> "MultiViewPolicy":
         """Move everything to `device`; the frozen weights take the type of `mixed_precision` ("no", "fp16", "bf16").
 
         The VAE stays in float32 where its config says that it overflows in half precision (`force_upcast`)."""
@@ -89,7 +87,7 @@ class MultiViewPolicy:
 
     # -- what is trained --------------------------------------------------------------------------------------------
 
-    def add_lora(self, rank, targets="attention"):
+    def add_lora(self, rank: int, targets: str = "attention") -> None:
         """Train low-rank matrices (float32) beside the frozen UNet; the reference is the UNet without them.
 
         A ~ N(0, (1/rank)^2), B = 0, scaling 1, as published. targets: a key of `LORA_TARGETS`."""
@@ -97,7 +95,7 @@ class MultiViewPolicy:
         self.unet.add_adapter(config)
         self._float_trainable()
 
-    def train_all(self):
+    def train_all(self) -> None:
         """Train every weight of the UNet (float32); the reference is a frozen copy."""
         self.reference_unet = copy.deepcopy(self.unet)
         self.unet.requires_grad_(True)
@@ -107,42 +105,44 @@ class MultiViewPolicy:
         for parameter in self.trainable_parameters():
             parameter.data = parameter.data.float()
 
-    def trainable_parameters(self):
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
 
-    def trainable_state(self):
+    def trainable_state(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of what is trained."""
         return {name: p.detach() for name, p in self.unet.named_parameters() if p.requires_grad}
 
-    def load_trainable_state(self, state):
-        """Put back what `trainable_state` returned. Raises ValueError if names or shapes differ."""
-        mine = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
-        if mine.keys() != state.keys() or any(mine[name].shape != value.shape for name, value in state.items()):
+    def load_trainable_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Load what `trainable_state` returned. Raises ValueError if names or shapes differ."""
+        trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
+        if trained.keys() != state.keys() or any(trained[name].shape != value.shape for name, value in state.items()):
             raise ValueError(
-                "The saved weights do not fit this model: config.use_lora, config.lora.* and "
-                "config.pretrained.model must be those of the run that saved them."
+                "the saved weights do not fit this model: config.use_lora, config.lora.* and "
+                "config.pretrained.model must be those of the run that saved them"
             )
         with torch.no_grad():
             for name, value in state.items():
-                mine[name].copy_(value)
+                trained[name].copy_(value)
 
-    def save_lora(self, folder):
+    def save_lora(self, folder: str | Path) -> None:
         """Write `pytorch_lora_weights.safetensors`, which stock `pipeline.load_lora_weights(folder)` reads."""
         layers = {name: value.cpu().contiguous() for name, value in get_peft_model_state_dict(self.unet).items()}
         self.pipeline.save_lora_weights(str(folder), unet_lora_layers=layers)
 
-    def save_weights(self, folder):
-        """What was trained, for stock diffusers: the LoRA, or with `train_all` a `unet` folder."""
+    def save_weights(self, folder: str | Path) -> None:
+        """Write what was trained, for stock diffusers: the LoRA, or after `train_all` a `unet` folder."""
         if self.reference_unet is None:
             self.save_lora(folder)
         else:
             self.unet.save_pretrained(Path(folder) / "unet")
 
-    def load_lora(self, folder):
-        """Load such a file into the adapter made by `add_lora`. Raises FileNotFoundError or ValueError."""
+    def load_lora(self, folder: str | Path) -> None:
+        """Load what `save_lora` wrote into the adapter that `add_lora` made.
+
+        Raises FileNotFoundError, or ValueError if the file does not fit."""
         file = Path(folder) / LORA_FILE
         if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that save_lora wrote.")
+            raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that a run wrote")
         state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
         problems = set_peft_model_state_dict(self.unet, state)
         missing = [name for name in problems.missing_keys if "lora_" in name]
@@ -150,15 +150,15 @@ class MultiViewPolicy:
             raise ValueError(
                 f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
                 f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
-                f"saved it."
+                f"saved it"
             )
 
     # -- acting -----------------------------------------------------------------------------------------------------
 
-    def encode(self, prompts):
+    def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Conditioning of B prompts: a dict of (B, ...) tensors. Each distinct prompt is encoded once in a run.
 
-        One at a time: rounding would depend on the other prompts of a batch, and a resumed run meets other batches."""
+        One at a time: rounding would depend on the other prompts of a batch, and a resumed run sees other batches."""
         for prompt in prompts:
             if prompt not in self._embeddings:
                 with torch.no_grad():
@@ -166,16 +166,25 @@ class MultiViewPolicy:
         rows = [self._embeddings[prompt] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
-    def initial_latents(self, batch, generator=None):
+    def initial_latents(
+        self, batch: int, generator: torch.Generator | list[torch.Generator] | None = None
+    ) -> torch.Tensor:
         """(batch, *latent_shape) float32 noise; generator: one, or a list of `batch` (one per sample)."""
         noise = randn_tensor((batch, *self.latent_shape), generator=generator, device=self.device, dtype=torch.float32)
         return noise * self.scheduler.init_noise_sigma
 
-    def predict(self, latents, timesteps, conditioning, guidance_scale, reference=False):
+    def predict(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        guidance_scale: float,
+        reference: bool = False,
+    ) -> torch.Tensor:
         """The UNet's output after classifier-free guidance, float32, shape of `latents` (B, ...).
 
-        timesteps: (B,). reference: the frozen base model.
-        guidance_scale 1 skips the unconditional branch."""
+        timesteps: (B,). reference: ask the frozen base model instead. guidance_scale = 1 skips the unconditional
+        branch."""
         unet = self.unet
         if reference and self.reference_unet is not None:
             unet = self.reference_unet
@@ -188,7 +197,7 @@ class MultiViewPolicy:
         unconditional, conditional = output.chunk(2)
         guided = unconditional + guidance_scale * (conditional - unconditional)
         if self.guidance_rescale > 0:
-            guided = rescale_guidance(guided, conditional, self.guidance_rescale)
+            guided = rescale_noise_cfg(guided, conditional, self.guidance_rescale)
         return guided
 
     @contextlib.contextmanager
@@ -221,10 +230,3 @@ class MultiViewPolicy:
             for p, dtype in zip(frozen, types, strict=True):
                 p.data = p.data.to(dtype)
             self.autocast_dtype = kept
-
-
-def rescale_guidance(guided, conditional, strength):
-    """Bring the std of guided predictions (B, ...) towards that of conditional ones (Lin et al. 2023, eq. 15, 16)."""
-    dims = list(range(1, guided.ndim))
-    matched = guided * (conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True))
-    return strength * matched + (1 - strength) * guided

@@ -1,63 +1,116 @@
 """Painting as acting: follow the denoising chain of a policy and keep everything the update needs."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
 from diffusers_patch.ddim_with_logprob import analytic_kl, check_scheduler, ddim_mean_std, draw, gaussian_log_prob
+from diffusers_patch.policy import MultiViewPolicy
+
+
+class Transitions(NamedTuple):
+    """N single steps x_t -> x_{t-1} of a trajectory; the fields are those of `Trajectory`, one row per step."""
+
+    latents: torch.Tensor  # (N, ...) x_t
+    next_latents: torch.Tensor  # (N, ...) x_{t-1}
+    timesteps: torch.Tensor  # (N,)
+    log_probs: torch.Tensor  # (N,)
+    log_probs_reference: torch.Tensor | None  # (N,)
+    conditioning: dict  # of (N, ...)
 
 
 @dataclass
 class Trajectory:
-    """B chains of T steps.
+    """B denoising chains of T steps."""
 
-    latents (B, T+1, ...): the initial ones first; latents[:, i+1] follows step i. timesteps (B, T).
-    log_probs (B, T) of the policy; log_probs_reference (B, T) of the SAME transitions under the base model, or None.
-    kl_analytic (B, T): KL of each step in closed form (nats per dimension), or None. conditioning: dict of (B, ...).
-    views (B, V, 3, S, S) in [0, 1]."""
+    latents: torch.Tensor  # (B, T+1, ...) the initial ones first; latents[:, i+1] follows step i
+    timesteps: torch.Tensor  # (B, T)
+    log_probs: torch.Tensor  # (B, T) under the policy that painted, nats per dimension
+    log_probs_reference: torch.Tensor | None  # (B, T) of the SAME transitions under the base model
+    kl_analytic: torch.Tensor | None  # (B, T) KL of each step in closed form, nats per dimension
+    conditioning: dict  # of (B, ...)
+    views: torch.Tensor  # (B, V, 3, S, S) in [0, 1]
 
-    latents: torch.Tensor
-    timesteps: torch.Tensor
-    log_probs: torch.Tensor
-    log_probs_reference: torch.Tensor | None
-    kl_analytic: torch.Tensor | None
-    conditioning: dict
-    views: torch.Tensor
+    def __len__(self):
+        return len(self.timesteps)
 
-    def kl(self, estimator="log_ratio", skip_last=0):
-        """KL to the base model (B,), nats per dimension, mean over steps; None if the reference was not asked.
+    @property
+    def num_steps(self) -> int:
+        """T, what the scheduler's `set_timesteps` was called with."""
+        return self.timesteps.shape[1]
 
-        "log_ratio" is unbiased and noisy (published); "analytic" has the same expectation and little noise.
-        skip_last: leave out so many of the last steps, for at the end of the chain, nearly without noise, the KL of
-        half-precision networks is the rounding of their outputs."""
+    def kl(self, estimator: str = "log_ratio", skip_last: int = 0) -> torch.Tensor | None:
+        """KL to the base model (B,), nats per dimension, mean over steps; None if the reference was not scored.
+
+        estimator: "log_ratio" is unbiased and noisy (published); "analytic" has the same expectation and little noise.
+        skip_last: how many of the last steps are left out. At the end of the chain, nearly without noise, the KL of
+            half-precision networks is the rounding of their outputs.
+        """
         if self.log_probs_reference is None:
             return None
         per_step = self.kl_analytic if estimator == "analytic" else self.log_probs - self.log_probs_reference
-        return per_step[:, : per_step.shape[1] - skip_last].mean(1)
+        return per_step[:, : self.num_steps - skip_last].mean(1)
+
+    def transitions(self, index: torch.Tensor, steps: torch.Tensor) -> Transitions:
+        """The steps `steps` (b, k) of the samples `index` (b,): b*k rows, all of one sample together."""
+        row, column = index[:, None].expand_as(steps).flatten(), steps.flatten()
+        reference = self.log_probs_reference
+        return Transitions(
+            latents=self.latents[row, column],
+            next_latents=self.latents[row, column + 1],
+            timesteps=self.timesteps[row, column],
+            log_probs=self.log_probs[row, column],
+            log_probs_reference=None if reference is None else reference[row, column],
+            conditioning={name: value[row] for name, value in self.conditioning.items()},
+        )
+
+    @staticmethod
+    def cat(trajectories: Sequence["Trajectory"]) -> "Trajectory":
+        """One trajectory of the samples of many."""
+
+        def join(values):
+            if values[0] is None:
+                return None
+            if isinstance(values[0], dict):
+                return {name: torch.cat([value[name] for value in values]) for name in values[0]}
+            return torch.cat(values)
+
+        return Trajectory(**{f.name: join([getattr(t, f.name) for t in trajectories]) for f in fields(Trajectory)})
 
 
 @torch.no_grad()
 def rollout(
-    policy, prompts, num_steps, guidance_scale, eta=1.0, generator=None, reference=False, latents=None, progress=False
-):
+    policy: MultiViewPolicy,
+    prompts: Sequence[str],
+    num_steps: int,
+    guidance_scale: float,
+    eta: float = 1.0,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+    score_reference: bool = False,
+    latents: torch.Tensor | None = None,
+    show_progress: bool = False,
+) -> Trajectory:
     """Paint one object for each of B prompts.
 
-    generator: None, a torch.Generator, or a list of B (one per sample, so that a sample does not depend on its batch).
-    First the initial latents are drawn (unless `latents` (B, ...) are given), then one noise per step.
-    reference: also score every transition under the base model. Returns a Trajectory."""
+    generator: one, or a list of B (one per sample, so that a sample does not depend on its batch). First the initial
+        latents are drawn (unless `latents` (B, ...) are given), then one noise per step.
+    score_reference: also score every transition under the base model.
+    """
     scheduler = policy.scheduler
     scheduler.set_timesteps(num_steps, device=policy.device)
     check_scheduler(scheduler)
     conditioning = policy.encode(prompts)
     x = policy.initial_latents(len(prompts), generator) if latents is None else latents
     chain, log_probs, log_probs_reference, kl = [x], [], [], []
-    for t in tqdm(scheduler.timesteps, desc="steps", leave=False, disable=not progress):
+    for t in tqdm(scheduler.timesteps, desc="steps", leave=False, disable=not show_progress):
         t = t.expand(len(prompts))
         mean, std = ddim_mean_std(scheduler, policy.predict(x, t, conditioning, guidance_scale), t, x, eta)
         x_prev = draw(mean, std, generator, dtype=x.dtype)
         log_probs.append(gaussian_log_prob(x_prev, mean, std))
-        if reference:
+        if score_reference:
             output = policy.predict(x, t, conditioning, guidance_scale, reference=True)
             mean_reference, _ = ddim_mean_std(scheduler, output, t, x, eta)
             log_probs_reference.append(gaussian_log_prob(x_prev, mean_reference, std))
@@ -68,8 +121,8 @@ def rollout(
         latents=torch.stack(chain, 1),
         timesteps=scheduler.timesteps.expand(len(prompts), -1),
         log_probs=torch.stack(log_probs, 1),
-        log_probs_reference=torch.stack(log_probs_reference, 1) if reference else None,
-        kl_analytic=torch.stack(kl, 1) if reference else None,
+        log_probs_reference=torch.stack(log_probs_reference, 1) if score_reference else None,
+        kl_analytic=torch.stack(kl, 1) if score_reference else None,
         conditioning=conditioning,
         views=policy.decode(x),
     )

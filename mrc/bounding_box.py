@@ -1,5 +1,4 @@
-"""Where the object is in a view. Boxes are (x_min, y_min, x_max, y_max) in pixels, inclusive, int64, last dimension
-4."""
+"""Where the object is in a view. Boxes are (..., 4) int64: x_min, y_min, x_max, y_max in pixels, inclusive."""
 
 import torch
 
@@ -7,15 +6,15 @@ BACKGROUND = 0.95  # a pixel is foreground if any channel is darker
 PADDING = 5  # pixels around the square box
 
 
-def foreground_mask(images):
+def foreground_mask(images: torch.Tensor) -> torch.Tensor:
     """images (..., 3, H, W) in [0, 1] on white -> (..., H, W) bool, True where any channel is below 0.95."""
     return (images < BACKGROUND).any(dim=-3)
 
 
-def compute_bounding_box(images):
+def compute_bounding_box(images: torch.Tensor) -> torch.Tensor:
     """The tight box of the foreground: images (..., 3, H, W) in [0, 1] -> (..., 4) int64.
 
-    An image without foreground gets [0, 0, 0, 0], as published (which is why `mrc.mrc` looks for empty views).
+    An image without foreground gets [0, 0, 0, 0], as published (which is why `mrc.mrc` checks for empty views).
     """
     mask = foreground_mask(images)
     bounds = [_first_and_last(mask.any(dim=d)) for d in (-2, -1)]  # over columns (x), over rows (y)
@@ -23,7 +22,7 @@ def compute_bounding_box(images):
     return torch.stack([x_min, y_min, x_max, y_max], dim=-1)
 
 
-def make_square_bbox(box):
+def make_square_bbox(box: torch.Tensor) -> torch.Tensor:
     """Grow the shorter side on both ends by ceil(difference / 2): (..., 4) -> (..., 4) int64.
 
     For an odd difference the result is therefore one pixel longer in the grown direction, not quite a square. That is
@@ -37,7 +36,7 @@ def make_square_bbox(box):
     return torch.stack([x_min - grow_x, y_min - grow_y, x_max + grow_x, y_max + grow_y], dim=-1)
 
 
-def crop_box(box, height, width, padding=PADDING):
+def crop_box(box: torch.Tensor, height: int, width: int, padding: int = PADDING) -> torch.Tensor:
     """The box padded by `padding` pixels on every side and clamped to a height x width image: (..., 4) -> (..., 4)."""
     box = torch.as_tensor(box)
     box = box + box.new_tensor([-padding, -padding, padding, padding])
@@ -54,14 +53,15 @@ def _first_and_last(occupied):
     return torch.where(occupied.any(dim=-1), first, 0), last
 
 
-def background_is_white(views):
+def background_is_white(views: torch.Tensor) -> torch.Tensor:
     """Whether most of each sample's border pixels are white: views (B, V, 3, S, S) in [0, 1] -> (B,) bool."""
     return _border_foreground(views).mean(1) < 0.5
 
 
-def object_is_cut(views):
-    """Whether an object on white leaves one of its views, so that the sculptor cannot know its size: views
-    (B, V, 3, S, S) in [0, 1] -> (B,) bool, True if a tenth of a view's border is not white."""
+def object_is_cut(views: torch.Tensor) -> torch.Tensor:
+    """Whether an object on white leaves one of its views, so that its size is unknown to a reconstructor.
+
+    views: (B, V, 3, S, S) in [0, 1]. Returns (B,) bool, True if a tenth of a view's border is not white."""
     return background_is_white(views) & (_border_foreground(views) > 0.1).any(1)
 
 

@@ -1,5 +1,4 @@
-"""LPIPS, the learned perceptual distance between two images (Zhang et al. 2018): AlexNet features, linear heads
-v0.1."""
+"""LPIPS, the learned perceptual distance between two images (Zhang et al. 2018): AlexNet features, heads v0.1."""
 
 from pathlib import Path
 
@@ -25,7 +24,7 @@ class LPIPS(nn.Module):
     The parameters are frozen; gradients with respect to the images flow. Raises FileNotFoundError without the file.
     """
 
-    def __init__(self, checkpoint=None, chunk_size=64):
+    def __init__(self, checkpoint: str | Path | None = None, chunk_size: int = 64):
         super().__init__()
         self.chunk_size = chunk_size
         self.features = nn.Sequential(
@@ -56,7 +55,7 @@ class LPIPS(nn.Module):
         self.load_state_dict(load_file(checkpoint))
         self.requires_grad_(False).eval()
 
-    def forward(self, a, b):
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         """Distance of every pair: a, b (N, 3, H, W) RGB in [0, 1], H and W >= 31 -> (N,) in the weights' type.
 
         Raises ValueError for shapes that differ or are too small.

@@ -6,7 +6,9 @@ between each view and its render inside the object's bounding box, and the rewar
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -19,15 +21,16 @@ from mrc.bounding_box import (
     make_square_bbox,
     object_is_cut,
 )
+from recon import Reconstructor
 
 
 @dataclass
 class MRCResult:
-    """The verdict on B samples of V views."""
+    """The scores of B samples of V views."""
 
     reward: torch.Tensor  # (B,) -mean LPIPS, or empty_view_reward for a sample with an empty view; higher is better
-    # (B, V) distance between view and render, of empty views too (where it means nothing); NaN for a view that no scene
-    # was asked about, see `score_views`
+    # (B, V) distance between view and render, of empty views too (where it means nothing); NaN for a view that the
+    # reconstructor did not compare
     lpips: torch.Tensor
     renders: torch.Tensor  # (B, V, 3, S, S) in [0, 1], the reconstruction seen from the views' cameras
     empty: torch.Tensor  # (B, V) bool, the view shows no object, or too little of it
@@ -37,16 +40,21 @@ class MRCResult:
 class MRC:
     """`MRC(reconstructor, lpips)(views) -> MRCResult`, the reward that Carve3D learns from.
 
-    reconstructor: has `cameras`, `num_views` and `input_size`, and the methods `reconstruct(views, cameras) -> scene`
-        and `render(scene, cameras, size) -> (images (B, V, 3, size, size), alpha)`; images (B, K, V, 3, size, size) of
-        K scenes of single views are taken too, see `score_views`.
+    reconstructor: see `recon.Reconstructor`; its `compare` decides which renders a view is compared with. Any object
+        with `num_views`, `input_size`, `cameras`, `reconstruct` and `render` will do; it then gets the usual `compare`.
     lpips: callable (N, 3, H, W) x 2 -> (N,), see `mrc.lpips.LPIPS`.
     render_size: side of the renders in pixels; None renders at the views' size. Views of another size are resized to
-    it. bbox_lpips, min_foreground, empty_view_reward: see `score_views`.
+        it. bbox_lpips, min_foreground, empty_view_reward: see `score_views`.
     """
 
     def __init__(
-        self, reconstructor, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0, render_size=None
+        self,
+        reconstructor: Reconstructor,
+        lpips: Callable,
+        bbox_lpips: bool = True,
+        min_foreground: float = 0.005,
+        empty_view_reward: float | None = -1.0,
+        render_size: int | None = None,
     ):
         self.reconstructor = reconstructor
         self.lpips = lpips
@@ -56,33 +64,42 @@ class MRC:
         self.render_size = render_size
         self._warned = set()
 
-    @torch.no_grad()
-    def __call__(self, views):
-        """views: (B, V, 3, S, S) in [0, 1], one object on white, painted at `reconstructor.cameras`.
+    def __call__(self, views: torch.Tensor) -> MRCResult:
+        """Reconstruct and score views (B, V, 3, S, S) in [0, 1], one object on white, seen by `reconstructor.cameras`.
 
         Raises ValueError if the number of views is not the reconstructor's, or a pixel is not finite.
         """
+        return self.score(views, self.reconstruct(views))
+
+    @torch.no_grad()
+    def reconstruct(self, views: torch.Tensor):
+        """The scene that the reconstructor makes of `views`; arguments and errors as of a call."""
         if views.ndim != 5 or views.shape[1:3] != (self.reconstructor.num_views, 3):
             raise ValueError(
                 f"MRC got views of shape {tuple(views.shape)}: the reconstructor wants (B, "
-                f"{self.reconstructor.num_views}, 3, S, S)."
+                f"{self.reconstructor.num_views}, 3, S, S)"
             )
         _require_finite("painted views", views)
         self._warn_of_framing(views)
-        views, cameras = views.float(), self.reconstructor.cameras
+        inputs = resize_views(views.float(), self.reconstructor.input_size)
+        return self.reconstructor.reconstruct(inputs, self.reconstructor.cameras)
+
+    @torch.no_grad()
+    def score(self, views: torch.Tensor, scene) -> MRCResult:
+        """How well `scene`, made by `reconstruct`, reproduces `views`."""
         size = self.render_size or views.shape[-1]
-        scene = self.reconstructor.reconstruct(resize_views(views, self.reconstructor.input_size), cameras)
-        renders, _ = self.reconstructor.render(scene, cameras, size)
-        return score_views(
-            resize_views(views, size), renders, self.lpips, self.bbox_lpips, self.min_foreground, self.empty_view_reward
-        )
+        views = resize_views(views.float(), size)
+        distance = partial(view_distances, views, lpips=self.lpips, bbox_lpips=self.bbox_lpips)
+        compare = getattr(self.reconstructor, "compare", partial(Reconstructor.compare, self.reconstructor))
+        distances, renders = compare(scene, self.reconstructor.cameras, size, distance)
+        return _result(views, renders, distances, self.min_foreground, self.empty_view_reward)
 
     def _warn_of_framing(self, views):
-        """Once of each: what no sculptor was trained for."""
+        """Warn once of each kind of view that no reconstructor was trained on."""
         problems = {
             "are not on white, so that MRC takes their background for a part of the object: set "
             "config.recon.remove_background to True, or prompt for a white background": ~background_is_white(views),
-            "show an object that leaves its view, so that its size cannot be told: prompt for the whole object, or "
+            "show an object that leaves its view, so that its size is unknown: prompt for the whole object, or "
             "paint it smaller": object_is_cut(views),
         }
         for words, found in problems.items():
@@ -92,11 +109,16 @@ class MRC:
 
 
 @torch.no_grad()
-def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, empty_view_reward=-1.0):
-    """MRC of views (B, V, 3, S, S) and their renders, both in [0, 1], as an `MRCResult`.
+def score_views(
+    views: torch.Tensor,
+    renders: torch.Tensor,
+    lpips: Callable,
+    bbox_lpips: bool = True,
+    min_foreground: float = 0.005,
+    empty_view_reward: float | None = -1.0,
+) -> MRCResult:
+    """MRC of views and their renders, both (B, V, 3, S, S) in [0, 1].
 
-    renders: (B, V, 3, S, S) of one scene made of all views; or (B, K, V, 3, S, S) of K scenes, each made of one view,
-        the first K in turn. A scene made of a view says nothing new about that view, so those pairs are left out.
     lpips: callable (N, 3, S, S) x 2 -> (N,).
     bbox_lpips: compare inside the box of the VIEW's foreground (as published), or whole views.
     min_foreground: a view with a smaller share of foreground, in [0, 1], counts as empty, as does one without any.
@@ -106,44 +128,44 @@ def score_views(views, renders, lpips, bbox_lpips=True, min_foreground=0.005, em
 
     Raises ValueError if the shapes differ or a pixel is not finite.
     """
-    V = views.shape[1]
-    of_all_views = renders.ndim == views.ndim
-    renders = renders[:, None] if of_all_views else renders
-    if renders[:, 0].shape != views.shape:
+    distances = view_distances(views, renders, lpips, bbox_lpips)
+    return _result(views, renders, distances, min_foreground, empty_view_reward)
+
+
+def view_distances(
+    views: torch.Tensor, renders: torch.Tensor, lpips: Callable, bbox_lpips: bool = True
+) -> torch.Tensor:
+    """LPIPS between each view and its render, both (B, V, 3, S, S): (B, V). See `score_views`."""
+    if renders.shape != views.shape:
         raise ValueError(
-            f"views have shape {tuple(views.shape)} but their renders {tuple(renders[:, 0].shape)}: render at "
-            f"the views' cameras and size."
+            f"views have shape {tuple(views.shape)} but their renders {tuple(renders.shape)}: render at the views' "
+            f"cameras and size"
         )
     _require_finite("painted views", views)
     _require_finite("renders of the reconstruction", renders)
-    views, renders = views.float(), renders.float()
+    pairs = views.float().flatten(0, 1), renders.float().flatten(0, 1)
+    if bbox_lpips:
+        pairs = crop_pairs(*pairs, view_boxes(pairs[0]))
+    return lpips(*pairs).view(views.shape[:2])
 
-    boxes = view_boxes(views.flatten(0, 1))
-    distances = torch.stack([_distances(views, scene, boxes, lpips, bbox_lpips) for scene in renders.unbind(1)], 1)
-    pairs = torch.ones(1, V) if of_all_views else 1 - torch.eye(renders.shape[1], V)
-    pairs = pairs.to(distances.device)
-    foreground = foreground_mask(views).float().mean(dim=(-2, -1))
+
+def _result(views, renders, distances, min_foreground, empty_view_reward):
+    foreground = foreground_mask(views.float()).float().mean(dim=(-2, -1))
     empty = (foreground == 0) | (foreground < min_foreground)
-    reward = -(distances * pairs).sum((1, 2)) / pairs.sum()
+    reward = -distances.nanmean(dim=1)
     if empty_view_reward is not None:
         reward = reward.masked_fill(empty.any(dim=1), empty_view_reward)
-    shown = [renders[:, (j + 1) % renders.shape[1], j] for j in range(V)]  # of single views the next one's
-    return MRCResult(reward, (distances * pairs).sum(1) / pairs.sum(0), torch.stack(shown, 1), empty, foreground)
+    return MRCResult(reward, distances, renders.float(), empty, foreground)
 
 
-def _distances(views, renders, boxes, lpips, bbox_lpips):
-    """LPIPS of each view and its render, both (B, V, 3, S, S): (B, V)."""
-    pair = views.flatten(0, 1), renders.flatten(0, 1)
-    return lpips(*(crop_pairs(*pair, boxes) if bbox_lpips else pair)).view(views.shape[:2])
+def view_boxes(views: torch.Tensor) -> torch.Tensor:
+    """The box in which each view is compared, its foreground's made square, padded and clamped.
 
-
-def view_boxes(views):
-    """The box in which each view is compared: its foreground's, made square, padded, clamped. (..., 3, H, W) -> (...,
-    4)."""
+    views: (..., 3, H, W) in [0, 1]. Returns (..., 4) int64."""
     return crop_box(make_square_bbox(compute_bounding_box(views)), *views.shape[-2:])
 
 
-def crop_pairs(views, renders, boxes):
+def crop_pairs(views: torch.Tensor, renders: torch.Tensor, boxes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cut the same box out of view and render and resize both to the full size, bicubic and antialiased, in [0, 1].
 
     views, renders: (N, 3, H, W); boxes: (N, 4) inclusive, inside the image. Returns two tensors (N, 3, H, W).
@@ -161,7 +183,8 @@ def _resize(images, size):
     return resized.clamp(0, 1)
 
 
-def resize_views(views, size):
+def resize_views(views: torch.Tensor, size: int) -> torch.Tensor:
+    """views (B, V, 3, S, S) in [0, 1] -> (B, V, 3, size, size), bicubic and antialiased, in [0, 1]."""
     if views.shape[-1] == size:
         return views
     return _resize(views.flatten(0, 1), (size, size)).unflatten(0, views.shape[:2])
@@ -173,5 +196,5 @@ def _require_finite(name, images):
         raise ValueError(
             f"{int((~finite).sum())} of {len(images)} samples have NaN or infinite pixels in the {name}: the "
             f"model that makes them has diverged, or overflows in float16 (use mixed_precision = 'bf16' or a "
-            f"VAE made for float16)."
+            f"VAE made for float16)"
         )

@@ -1,1 +1,1 @@
-"""What to paint: prompt files, the data set that draws from them, and the curation of training prompts."""
+"""What to paint: prompt files, and the data set that draws from them."""

@@ -107,7 +107,7 @@ def _how_to_get(path: Path) -> str:
         )
     if path.parent.name == "curated":
         return (
-            "the painter has not chosen its training prompts yet; run python -m prompts.curate with the same "
+            "the painter has not chosen its training prompts yet; run python -m tools.curate_prompts with the same "
             "--config, or use prompts/train_candidates.txt"
         )
     return "give a text file with one prompt per line"

@@ -1,31 +1,42 @@
-"""Chooses the training prompts: those of the candidates that the base painter is worst at.
+"""Choose the training prompts: those of the candidates at which the base painter is worst.
 
-    python -m prompts.curate --config config/dgx.py:carve3d_train
+    python -m tools.curate_prompts --config config/dgx.py:carve3d_train [--config.KEY=VALUE ...]
 
-The base painter paints every candidate 4 times, each sample gets its reward, and the 30 prompts with the lowest mean
-are kept, as published. In --out (prompts/curated) there are afterwards
-    results.jsonl   one line per scored prompt; a run that was interrupted goes on from here
+--candidates  file with the candidate prompts (prompts/train_candidates.txt)
+--samples     how often each candidate is painted (4)
+--keep        how many prompts of lowest mean reward are kept (30)
+--out         folder for the results (prompts/curated)
+
+The base painter paints every candidate, each sample gets its reward, and the prompts with the lowest mean are kept, 30
+of 100 as published. In --out there are afterwards
+    results.jsonl   one line per scored prompt; an interrupted run resumes from here
     ranking.csv     all candidates, lowest mean reward first
     kept.txt        the kept ones, in the same order; config/dgx.py trains on this file
-
-The ranking itself needs no model. Only the command, which runs the whole loop's front half, reaches into the rooms on
-the right, and imports them when it is used.
 """
 
 import csv
 import json
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+import tqdm
+from absl import flags
+from ml_collections import ConfigDict
+
+from config import cli
+from config.validate import validate
+from diffusers_patch.loading import load_painter
+from diffusers_patch.rollout import rollout
+from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 
 
 def score_all(
     prompts: Sequence[str], score: Callable[[int, str], list[float]], results_file: str | Path, settings: dict
 ) -> dict[str, list[float]]:
-    """Scores every prompt that `results_file` does not have yet; returns {prompt: rewards} in the order of `prompts`.
+    """Score every prompt that `results_file` does not have yet; returns {prompt: rewards} in the order of `prompts`.
 
     score: (index in `prompts`, prompt) -> that prompt's rewards. The result of each call is on disk before the next.
     settings: what the rewards depend on (JSON values). A file made with other ones is refused, not mixed.
@@ -50,7 +61,7 @@ def score_all(
 
 
 def write_ranking(results: dict[str, list[float]], out: str | Path, keep: int) -> list[str]:
-    """Writes ranking.csv and kept.txt into the folder `out`; returns the `keep` prompts of lowest mean reward.
+    """Write ranking.csv and kept.txt into the folder `out`; returns the `keep` prompts of lowest mean reward.
 
     Prompts of equal mean stay in the order of `results`. Raises ValueError if there are fewer than `keep`.
     """
@@ -106,53 +117,44 @@ def _read_results(path: Path, settings: dict) -> dict[str, list[float]]:
     return results
 
 
-def _painter_score(config, samples: int) -> Callable[[int, str], list[float]]:
-    """A `score` for `score_all`: the base painter's `samples` pictures of a prompt, each with its reward.
+def painter_score(config: ConfigDict, samples: int) -> Callable[[int, str], list[float]]:
+    """A `score` for `score_all`: the rewards of `samples` pictures of a prompt by the base painter.
 
     The noise depends on the seed and the prompt's index alone, so an interrupted run ends with the same ranking.
     """
-    import torch
-
-    from ddpo.setup import load_painter, load_reward
-    from diffusers_patch.rollout import rollout
-
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reward_fn = load_reward(config, device)
     policy = load_painter(config, device)
-    reward = load_reward(config, device)
+    sample = config.sample
 
+    @torch.no_grad()
     def score(index: int, prompt: str) -> list[float]:
         generator = torch.Generator(device).manual_seed(config.seed + index)
-        with torch.no_grad():
-            trajectory = rollout(
-                policy,
-                [prompt + config.sample.prompt_suffix] * samples,
-                num_steps=config.sample.num_steps,
-                guidance_scale=config.sample.guidance_scale,
-                eta=config.sample.eta,
-                generator=generator,
-            )
-            return reward(trajectory.views, [prompt] * samples).reward.tolist()
+        painted = [prompt + sample.prompt_suffix] * samples
+        trajectory = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generator)
+        return reward_fn(trajectory.views, [prompt] * samples).reward.tolist()
 
     return score
 
 
-def main(flags) -> None:
-    """flags: the parsed command line."""
-    import torch
-    import tqdm
+def define_flags() -> None:
+    flags.DEFINE_string("candidates", "prompts/train_candidates.txt", "File with the candidate prompts.")
+    flags.DEFINE_string("out", "prompts/curated", "Folder for the results.")
+    flags.DEFINE_integer("samples", 4, "How often each candidate is painted.", lower_bound=1)
+    flags.DEFINE_integer("keep", 30, "How many prompts of lowest mean reward are kept.", lower_bound=1)
 
-    from config.validate import validate
 
-    config = flags.config
-    out = Path(flags.out)
-    candidates = load_prompts(flags.candidates)
-    config.prompts.train_file = flags.candidates  # the file that the config names is what this run is going to write
+def main(args) -> None:
+    """args: the parsed flags."""
+    config, out = args.config, Path(args.out)
+    candidates = load_prompts(args.candidates)
+    config.prompts.train_file = args.candidates  # the file that the config names is what this run is going to write
     config.prompts.num_train = 0
     validate(config, num_processes=1, device_type="cuda" if torch.cuda.is_available() else "cpu")
-    if not 1 <= flags.keep <= len(candidates):  # before hours of painting
+    if not 1 <= args.keep <= len(candidates):  # before hours of painting
         raise ValueError(
-            f"--keep is {flags.keep} but {flags.candidates} has {len(candidates)} prompts: keep between 1 "
-            f"and {len(candidates)}"
+            f"--keep is {args.keep} but {args.candidates} has {len(candidates)} prompts: keep between 1 and "
+            f"{len(candidates)}"
         )
 
     settings = {
@@ -167,38 +169,20 @@ def main(flags) -> None:
         "eta": config.sample.eta,
         "prompt_suffix": config.sample.prompt_suffix,
         "candidates": candidates,
-        "samples": flags.samples,
+        "samples": args.samples,
     }
-    score = _painter_score(config, flags.samples)
+    score = painter_score(config, args.samples)
     with tqdm.tqdm(total=len(candidates), desc="curating") as bar:
 
-        def score_and_tell(index: int, prompt: str) -> list[float]:
+        def score_with_progress(index: int, prompt: str) -> list[float]:
             bar.update(index - bar.n)
             return score(index, prompt)
 
-        results = score_all(candidates, score_and_tell, out / "results.jsonl", settings)
+        results = score_all(candidates, score_with_progress, out / "results.jsonl", settings)
         bar.update(len(candidates) - bar.n)
-    kept = write_ranking(results, out, flags.keep)
+    kept = write_ranking(results, out, args.keep)
     print(f"kept {len(kept)} of {len(candidates)} prompts: {out / 'kept.txt'} (ranking: {out / 'ranking.csv'})")
 
 
-def _command_line() -> None:
-    from absl import app, flags
-    from ml_collections import config_flags
-
-    from config.validate import check_flags
-
-    check_flags(sys.argv)  # before the definition below, which already reads the command line
-    config_flags.DEFINE_config_file("config", "config/dgx.py:carve3d_train", "Whose painter and reward are used.")
-    flags.DEFINE_string("candidates", "prompts/train_candidates.txt", "File with the candidate prompts.")
-    flags.DEFINE_string("out", "prompts/curated", "Folder for the results.")
-    flags.DEFINE_integer("samples", 4, "How often each candidate is painted.", lower_bound=1)
-    flags.DEFINE_integer("keep", 30, "How many prompts of lowest mean reward are kept.", lower_bound=1)
-    app.run(lambda _: main(flags.FLAGS))
-
-
 if __name__ == "__main__":
-    try:
-        _command_line()
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"prompts.curate: {error}")
+    cli.run("curate_prompts", main, "config/dgx.py:carve3d_train", define_flags)

@@ -1,0 +1,42 @@
+"""Samples as pictures: views object by object, such as painted views over re-rendered views."""
+
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw
+
+SIDE = (96, 256)  # about the smallest and the largest side in pixels of a view in a picture
+CAPTION = 26  # height in pixels of the two lines of text above an object
+GAP = 8  # pixels between objects
+
+
+def sample_picture(
+    rows: dict[str, torch.Tensor], notes: Sequence[str], captions: Sequence[str], columns: int = 4
+) -> Image.Image:
+    """N objects, each with a caption, a note, and one row of views for each entry of `rows`.
+
+    rows: label -> views (N, V, 3, S, S) in [0, 1]; notes, captions: N strings.
+    """
+    N, V, _, _, S = next(iter(rows.values())).shape
+    side = min(S * max(1, round(SIDE[0] / S)), SIDE[1])
+    width, height = V * side, len(rows) * side
+    columns = min(columns, N)
+    canvas = Image.new("RGB", (columns * (width + GAP), -(-N // columns) * (height + CAPTION + GAP)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for n in range(N):
+        x, y = (n % columns) * (width + GAP), (n // columns) * (height + CAPTION + GAP)
+        draw.text((x + 2, y), captions[n][: width // 6], fill="black")
+        draw.text((x + 2, y + CAPTION // 2 - 1), notes[n], fill="black")
+        for r, (label, row) in enumerate(rows.items()):
+            canvas.paste(_strip(row[n], side), (x, y + CAPTION + r * side))
+            draw.text((x + 2, y + CAPTION + r * side), label, fill="gray")
+        draw.rectangle([x - 1, y + CAPTION - 1, x + width, y + CAPTION + height], outline="lightgray")
+    return canvas
+
+
+def _strip(views, side):
+    """Views (V, 3, S, S) in [0, 1] side by side, each `side` pixels wide: a PIL image."""
+    V, _, S, _ = views.shape
+    pixels = (views.permute(2, 0, 3, 1).reshape(S, V * S, 3).float().clamp(0, 1) * 255).round().byte()
+    resampling = Image.Resampling.NEAREST if side >= S else Image.Resampling.BOX
+    return Image.fromarray(pixels.cpu().numpy()).resize((V * side, side), resampling)

@@ -1,0 +1,145 @@
+"""From a configuration to a painter: the multi-view diffusion model that a run finetunes.
+
+A new kind of painter is one entry in `PAINTERS` (and its name in config/validate.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers.utils import logging as diffusers_logging
+from ml_collections import ConfigDict
+from transformers.utils import logging as transformers_logging
+
+from diffusers_patch.ddim_with_logprob import check_scheduler
+from diffusers_patch.mv_sdxl import MVSDXL
+from diffusers_patch.mvdream import MVDream
+from diffusers_patch.mvdream_checkpoints import SCHEDULER, load_mvdream_pipeline
+from diffusers_patch.policy import LORA_FILE, MultiViewPolicy
+from recon import reconstructor_cameras
+from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, mvdream_camera_vectors, mvdream_cameras
+
+
+@dataclass(frozen=True)
+class Painter:
+    """How one kind of painter is made.
+
+    cameras: config.painter -> where its views stand, known before anything is loaded.
+    load_pipeline: (config.pretrained, scheduler) -> stock diffusers pipeline.
+    make_policy: (pipeline, cameras, config) -> MultiViewPolicy.
+    camera_hint: what can be changed if the cameras do not fit the reconstructor's.
+    """
+
+    cameras: Callable
+    load_pipeline: Callable
+    make_policy: Callable
+    camera_hint: str = ""
+
+
+def _load_sdxl(pretrained, scheduler):
+    return StableDiffusionXLPipeline.from_pretrained(
+        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False
+    )
+
+
+def _load_mvdream(pretrained, scheduler):
+    return load_mvdream_pipeline(pretrained.model, pretrained.revision, pretrained.tokenizer, scheduler)
+
+
+def _make_mv_sdxl(pipeline, cameras, config):
+    return MVSDXL(pipeline, cameras, config.sample.guidance_rescale)
+
+
+def _make_mvdream(pipeline, cameras, config):
+    vectors = mvdream_camera_vectors(cameras)
+    return MVDream(pipeline, cameras, vectors, config.sample.guidance_rescale, config.painter.negative_prompt)
+
+
+PAINTERS = {
+    "mv_sdxl": Painter(lambda painter: instant3d_cameras(), _load_sdxl, _make_mv_sdxl),
+    "mvdream": Painter(
+        lambda painter: mvdream_cameras(painter.elevation, painter.azimuth_start),
+        _load_mvdream,
+        _make_mvdream,
+        camera_hint="set config.painter.elevation to the reconstructor's, or ",
+    ),
+}
+
+
+def painter_cameras(config: ConfigDict) -> Cameras:
+    """Where the views of the painter in `config` (config.painter) stand. Nothing is loaded."""
+    return PAINTERS[config.name].cameras(config)
+
+
+def check_cameras(config: ConfigDict) -> None:
+    """Raise ValueError if painter and reconstructor look from different places. Nothing is loaded."""
+    if config.reward_fn != "mrc":
+        return
+    problems = camera_disagreement(painter_cameras(config.painter), reconstructor_cameras(config.recon))
+    if problems:
+        raise ValueError(
+            f"the painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit together: "
+            f"{'; '.join(problems)}; {PAINTERS[config.painter.name].camera_hint}choose another config.recon.name or "
+            f"config.painter.name"
+        )
+
+
+def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPolicy:
+    """The multi-view policy of `config`, on `device`, without anything trainable yet.
+
+    Raises ValueError or FileNotFoundError, before the large files are read where that is possible.
+    """
+    painter = PAINTERS[config.painter.name]
+    for library in (diffusers_logging, transformers_logging):
+        library.disable_progress_bar()  # of reading files; downloads keep theirs
+    try:
+        scheduler = load_scheduler(config.pretrained)
+        scheduler.set_timesteps(config.sample.num_steps)
+        check_scheduler(scheduler)
+        pipeline = painter.load_pipeline(config.pretrained, scheduler)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a diffusers pipeline "
+            f"({error}): give a pipeline folder or a hub id"
+        ) from error
+    pipeline.set_progress_bar_config(disable=True)
+    if config.pretrained.lora:
+        fuse_lora(pipeline, config.pretrained.lora)
+    policy = painter.make_policy(pipeline, painter_cameras(config.painter), config)
+    return policy.to(device, config.mixed_precision)
+
+
+def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
+    """The DDIM scheduler of the painter (config.pretrained); an ldm file has none and gets Stable Diffusion's."""
+    if Path(pretrained.model).is_file():
+        return DDIMScheduler(**SCHEDULER)
+    return DDIMScheduler.from_pretrained(pretrained.model, revision=pretrained.revision, subfolder="scheduler")
+
+
+def fuse_lora(pipeline, folder: str | Path) -> None:
+    """Add a LoRA in diffusers format to the weights of a pipeline, and forget that it was one.
+
+    Raises FileNotFoundError if the folder holds no LoRA.
+    """
+    if not (Path(folder) / LORA_FILE).is_file():
+        raise FileNotFoundError(
+            f"config.pretrained.lora = {str(folder)!r} has no {LORA_FILE}: give a folder with a LoRA in diffusers "
+            f"format, or '' for none"
+        )
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # it would warn that the file holds nothing for the text encoders
+    pipeline.load_lora_weights(folder)
+    diffusers_logging.set_verbosity(verbosity)
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+
+
+def make_trainable(policy: MultiViewPolicy, config: ConfigDict) -> None:
+    """Add what a run trains: LoRA matrices whose initial values follow from config.seed, or the whole UNet."""
+    torch.manual_seed(config.seed)  # the same on every process
+    if config.use_lora:
+        policy.add_lora(config.lora.rank, config.lora.targets)
+    else:
+        policy.train_all()

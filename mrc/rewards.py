@@ -1,0 +1,71 @@
+"""From a configuration to a reward: a function (views (B, V, 3, S, S) in [0, 1], prompts) -> result.
+
+A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool, and `renders` (B, V, 3, S, S) or None. A new
+reward is one entry in `REWARDS` (and its name in config/validate.py).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from ml_collections import ConfigDict
+
+from mrc.bounding_box import foreground_mask
+from mrc.lpips import LPIPS
+from mrc.mrc import MRC
+from mrc.sanity_rewards import jpeg_compressibility, jpeg_incompressibility
+from recon import background_remover, load_reconstructor
+
+
+@dataclass
+class ImageResult:
+    """The scores of a reward that looks at the views alone; fields as in `mrc.MRCResult`."""
+
+    reward: torch.Tensor
+    foreground: torch.Tensor
+    empty: torch.Tensor
+    renders: None = None
+
+
+def load_mrc(config: ConfigDict, device: torch.device | str) -> MRC:
+    """The judge that config.recon and config.mrc describe."""
+    return MRC(
+        load_reconstructor(config.recon, device),
+        LPIPS(config.mrc.lpips_checkpoint).to(device),
+        bbox_lpips=config.mrc.bbox_lpips,
+        min_foreground=config.mrc.min_foreground,
+        empty_view_reward=config.mrc.empty_view_reward,
+        render_size=config.recon.render_size,
+    )
+
+
+def _mrc_reward(config, device):
+    # first, because a missing rembg should be noticed before weights are read
+    on_white = background_remover() if config.recon.remove_background else lambda views: views
+    judge = load_mrc(config, device)
+    return lambda views, prompts: judge(on_white(views))
+
+
+def _image_reward(score):
+    """A reward from `score`, a function views (B, V, 3, S, S) -> (B,)."""
+
+    def load(config, device):
+        def reward(views, prompts):
+            foreground = foreground_mask(views).float().mean((-1, -2))
+            return ImageResult(score(views), foreground, foreground < config.mrc.min_foreground)
+
+        return reward
+
+    return load
+
+
+REWARDS = {
+    "mrc": _mrc_reward,
+    "jpeg_compressibility": _image_reward(jpeg_compressibility),
+    "jpeg_incompressibility": _image_reward(jpeg_incompressibility),
+}
+
+
+def load_reward(config: ConfigDict, device: torch.device | str) -> Callable:
+    """The reward named by config.reward_fn, its models on `device`."""
+    return REWARDS[config.reward_fn](config, device)

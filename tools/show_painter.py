@@ -1,0 +1,48 @@
+"""Paint captions and look at them: rows of views in one picture.
+
+    python -m tools.show_painter --config config/tiny.py [--config.KEY=VALUE ...]
+
+--count   how many of the validation captions (16)
+--out     picture to write (logs/painter.png)
+
+The painter is that of the configuration, with its LoRA (--config.pretrained.lora=logs/RUN/final shows what a run
+learned, --config.pretrained.lora= the painter without any); the noise is that of a run's validations.
+"""
+
+from pathlib import Path
+
+import torch
+from absl import flags
+
+from config import cli
+from config.validate import validate
+from ddpo.pictures import sample_picture
+from ddpo.sampling import VALIDATION, make_generator
+from diffusers_patch.loading import load_painter
+from diffusers_patch.rollout import rollout
+from prompts.dataset import PromptDataset
+
+
+def define_flags() -> None:
+    flags.DEFINE_integer("count", 16, "How many captions are painted.", lower_bound=1)
+    flags.DEFINE_string("out", "logs/painter.png", "Picture to write.")
+
+
+@torch.no_grad()
+def main(args) -> None:
+    """args: the parsed flags."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, sample = validate(args.config, 1, device), args.config.sample
+    captions = PromptDataset.from_config(config.prompts).val_set[: args.count]
+    generators = [make_generator(0, VALIDATION, i) for i in range(len(captions))]
+    painted = [caption + sample.prompt_suffix for caption in captions]
+    policy = load_painter(config, device)
+    views = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generators).views
+    out = Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    sample_picture({"": views}, [""] * len(captions), captions).save(out)
+    print(f"wrote {out}")
+
+
+if __name__ == "__main__":
+    cli.run("show_painter", main, "config/tiny.py", define_flags)

@@ -1,0 +1,108 @@
+"""Reconstruct the views of one object and look at what comes out.
+
+    python -m tools.show_scene a.png b.png c.png d.png --config config/tiny.py [--config.KEY=VALUE ...]
+
+--out   folder for the results (logs/show_scene)
+
+The pictures are square, in the order of the reconstructor's cameras; transparent parts count as white. In --out there
+are afterwards
+    views.png       the pictures over the re-rendered views, with the MRC of each
+    turntable.gif   the object from all sides
+    scene.ply       the Gaussians, for viewers of Gaussian splats, or a coloured mesh of a radiance field
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import tqdm
+from absl import flags
+from PIL import Image, UnidentifiedImageError
+
+from config import cli
+from config.validate import resolve
+from ddpo.pictures import sample_picture
+from mrc.mrc import resize_views
+from mrc.rewards import load_mrc
+from recon.cameras import Cameras, orbit_cameras
+from recon.export import save_gaussians_ply
+from recon.gaussian_splatting import Gaussians
+from recon.mesh import extract_mesh, save_mesh_ply
+from recon.reconstructor import Reconstructor
+
+FRAMES = 36
+AT_ONCE = 4  # frames rendered together
+MILLISECONDS = 80  # per frame
+
+
+def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
+    """Square pictures of one size as views (1, V, 3, S, S) in [0, 1], transparent parts in white.
+
+    count: how many the reconstructor wants. Raises ValueError or FileNotFoundError."""
+    if len(files) != count:
+        raise ValueError(
+            f"{len(files)} pictures are given, but the reconstructor wants {count}: give one for each of its cameras"
+        )
+    views = []
+    for file in files:
+        try:
+            picture = Image.open(file).convert("RGBA")
+        except UnidentifiedImageError:
+            raise ValueError(f"{file} is not a picture that can be read: give PNG or JPEG files") from None
+        if picture.width != picture.height:
+            raise ValueError(f"{file} is {picture.width}x{picture.height}, which is not square: crop or pad it")
+        if views and len(views[0]) != picture.height:
+            raise ValueError(
+                f"{file} is {picture.width} pixels wide and {files[0]} is {len(views[0])}: give pictures of one size"
+            )
+        views.append(np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))[..., :3])
+    return torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)[None] / 255
+
+
+def turntable_cameras(cameras: Cameras, frames: int) -> Cameras:
+    """`frames` cameras around the object, starting at the first of `cameras` (V,), at their height and distance."""
+    azimuth = cameras.azimuth[0].item() + torch.arange(frames) * (360 / frames)
+    radius = cameras.c2w[0, :3, 3].norm().item()
+    return orbit_cameras(azimuth, cameras.elevation.mean().item(), radius, cameras.fov[0].item())
+
+
+def save_scene(reconstructor: Reconstructor, scene, file: Path) -> None:
+    """One scene as .ply: Gaussians as they are, a radiance field as a mesh."""
+    if isinstance(scene, Gaussians):
+        save_gaussians_ply(scene, file)
+    else:
+        save_mesh_ply(file, *extract_mesh(reconstructor.radiance_field(scene), device=scene.planes.device))
+
+
+def define_flags() -> None:
+    flags.DEFINE_string("out", "logs/show_scene", "Folder for the results.")
+
+
+def main(args, *pictures: str) -> None:
+    """args: the parsed flags; pictures: files."""
+    config, out = resolve(args.config, 1), Path(args.out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    judge = load_mrc(config, device)
+    reconstructor, size = judge.reconstructor, config.recon.render_size
+    views = load_views(pictures, reconstructor.num_views).to(device)
+    out.mkdir(parents=True, exist_ok=True)
+
+    scene = judge.reconstruct(views)
+    result = judge.score(views, scene)
+    note = "MRC of each view: " + ", ".join(f"{value:.3f}" for value in result.lpips[0].tolist())
+    rows = {"given": resize_views(views, size), "re-rendered": result.renders}
+    sample_picture(rows, [note], ["reconstruction"]).save(out / "views.png")
+
+    around = turntable_cameras(reconstructor.cameras.to("cpu"), FRAMES).to(device)
+    frames = []
+    for first in tqdm.trange(0, FRAMES, AT_ONCE, desc="turntable"):
+        images = reconstructor.render(scene, around[first : first + AT_ONCE], size)[0][0]
+        frames += [Image.fromarray(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+    frames[0].save(out / "turntable.gif", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0)
+    save_scene(reconstructor, scene, out / "scene.ply")
+    print(f"{note}\nwrote {', '.join(str(out / name) for name in ('views.png', 'turntable.gif', 'scene.ply'))}")
+
+
+if __name__ == "__main__":
+    cli.run("show_scene", main, "config/tiny.py", define_flags, takes_words=True)
