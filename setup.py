@@ -1,12 +1,20 @@
-"""`pip install -e .` for those who want the rooms importable from anywhere; carve3d_train.sh does not need it."""
+"""`pip install .`, or `-e .` to edit: the rooms importable from anywhere. carve3d_train.sh does not need it.
+
+Extras: `.[gpu]` what NVIDIA GPUs can use besides, `.[background]` for config.recon.remove_background, `.[tests]`.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-HERE = Path(__file__).parent
-ROOMS = ("config", "prompts", "diffusers_patch", "recon", "mrc", "ddpo", "tiny")
-DIRECT = (HERE / "requirements.txt").read_text().split("\n\n")[0].splitlines()  # the first block: what we import
+ROOMS = ("config", "prompts", "diffusers_patch", "recon", "mrc", "ddpo", "tools", "tiny")
+# requirements.txt has blocks: what we import, what the tests need, what those import
+DIRECT, TESTS, _ = (Path(__file__).parent / "requirements.txt").read_text().split("\n\n")
+
+
+def requirements(block: str) -> list[str]:
+    return [line for line in block.splitlines() if line and not line.startswith("#")]
+
 
 setup(
     name="carve3d-open",
@@ -14,7 +22,17 @@ setup(
     description="RL finetuning of multi-view diffusion models with a multi-view reconstruction consistency reward",
     license="MIT",
     python_requires=">=3.11",
+    py_modules=["carve3d_train"],
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
-    install_requires=[line for line in DIRECT if line and not line.startswith("#")],
-    extras_require={"gpu": ["bitsandbytes", "gsplat==1.5.3"]},
+    package_data={
+        "prompts": ["*.txt", "tiny/*.txt"],
+        "mrc": ["weights/*"],
+        "tiny": ["weights/**"],
+    },
+    install_requires=requirements(DIRECT),
+    extras_require={
+        "gpu": ["bitsandbytes", "gsplat==1.5.3"],
+        "background": ["rembg"],
+        "tests": requirements(TESTS),
+    },
 )

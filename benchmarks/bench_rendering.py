@@ -1,7 +1,9 @@
-"""Rendering with empty space skipped against rendering every depth of every ray: `python
-benchmarks/bench_rendering.py`.
+"""Rendering with empty space skipped against rendering every depth of every ray.
 
-Prints the ratio of the times, in one run on one machine, and how far the pictures are apart."""
+    python benchmarks/bench_rendering.py
+
+Prints the ratio of the times, in one run on one machine, and how far the pictures are apart.
+"""
 
 import sys
 import time

@@ -1,6 +1,9 @@
-"""Rendering 3D Gaussians tile by tile against every Gaussian at every pixel: `python benchmarks/bench_splatting.py`.
+"""Rendering 3D Gaussians tile by tile against every Gaussian at every pixel.
 
-Prints the ratios of CPU time and of peak memory, in one run on one machine, and how far the pictures are apart."""
+    python benchmarks/bench_splatting.py
+
+Prints the ratios of CPU time and of peak memory, in one run on one machine, and how far the pictures are apart.
+"""
 
 import multiprocessing
 import resource

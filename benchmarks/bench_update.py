@@ -1,6 +1,10 @@
-"""The update with all timesteps of a micro-batch in one UNet pass against one pass per timestep, and sampling with and
-without the reference model: `python benchmarks/bench_update.py`. Prints ratios of CPU time, in one run on one
-machine."""
+"""What one UNet pass per micro-batch saves in the update, and what the reference costs in sampling.
+
+    python benchmarks/bench_update.py
+
+Prints ratios of CPU time: the update with all timesteps of a micro-batch in one pass against one pass for each, and
+sampling with the reference model against sampling without.
+"""
 
 import sys
 import time
@@ -13,10 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from accelerate import Accelerator
 
 from config import tiny
-from config.validate import trained_steps, validate
-from ddpo.sampling import NOISE, generator
-from ddpo.setup import load_painter, make_optimizer, make_trainable
+from config.batches import trained_steps
+from config.validate import validate
+from ddpo.sampling import NOISE, make_generator
+from ddpo.setup import make_optimizer
 from ddpo.update import update
+from diffusers_patch.loading import load_painter, make_trainable
 from diffusers_patch.rollout import rollout
 
 SAMPLES = 16
@@ -31,17 +37,18 @@ def main():
     optimizer = make_optimizer(policy, config)
     prompts = ["a red cube next to a blue cone"] * SAMPLES
 
-    def paint(reference):
-        noise = [generator(0, NOISE, i) for i in range(SAMPLES)]
-        return rollout(policy, prompts, config.sample.num_steps, config.sample.guidance_scale, 1.0, noise, reference)
+    def sample(score_reference):
+        generators = [make_generator(0, NOISE, i) for i in range(SAMPLES)]
+        steps, guidance = config.sample.num_steps, config.sample.guidance_scale
+        return rollout(policy, prompts, steps, guidance, 1.0, generators, score_reference)
 
     def learn(steps_together):
         config.train.timesteps_per_forward = steps_together
         config.train.gradient_accumulation_steps = SAMPLES // config.train.batch_size
         update(policy, optimizer, accelerator, trajectory, torch.randn(SAMPLES), config, torch.Generator())
 
-    trajectory = paint(True)
-    alone, with_reference = seconds(lambda: paint(False)), seconds(lambda: paint(True))
+    trajectory = sample(True)
+    alone, with_reference = seconds(lambda: sample(False)), seconds(lambda: sample(True))
     print(f"sampling with the reference / without: {with_reference / alone:.2f}")
     single, merged = seconds(lambda: learn(1)), seconds(lambda: learn(trained_steps(config)))
     print(f"update with all timesteps in one pass / one pass each: {merged / single:.2f}")

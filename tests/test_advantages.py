@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ddpo.advantages import advantages
+from ddpo.advantages import compute_advantages
 from ddpo.stat_tracking import PerPromptStatTracker
 
 VARIANTS = json.loads((Path(__file__).parent / "golden" / "advantages.json").read_text())["variants"]
@@ -20,7 +20,7 @@ def test_golden_variants(variant):
     reward_tracker = tracker(variant["per_prompt_stat_tracking"])
     kl_tracker = tracker(variant["kl_per_prompt_stat_tracking"])
     for epoch in variant["epochs"]:
-        result = advantages(
+        result = compute_advantages(
             np.array(epoch["rewards"], dtype=np.float32),
             epoch["prompts"],
             np.array(epoch["kl"], dtype=np.float32),
@@ -42,14 +42,14 @@ def test_golden_variants(variant):
 
 
 def test_without_kl_the_advantage_is_the_normalised_reward():
-    result = advantages([1.0, 3.0], ["a", "b"])
+    result = compute_advantages([1.0, 3.0], ["a", "b"])
     assert result.advantages == pytest.approx([-1, 1]) and result.kl_normalized is None
 
 
 def test_bad_values_are_refused_before_any_tracker_changes():
     trackers = PerPromptStatTracker(4, 1), PerPromptStatTracker(4, 1)
     with pytest.raises(ValueError, match="kl holds 1 NaN or infinite values, the first of prompt 'b'"):
-        advantages([1.0, 3.0], ["a", "b"], [0.0, float("nan")], *trackers)
+        compute_advantages([1.0, 3.0], ["a", "b"], [0.0, float("nan")], *trackers)
     with pytest.raises(ValueError, match="rewards has shape"):
-        advantages([1.0], ["a", "b"], [0.0, 1.0], *trackers)
+        compute_advantages([1.0], ["a", "b"], [0.0, 1.0], *trackers)
     assert not any(tracker.get_stats() for tracker in trackers)

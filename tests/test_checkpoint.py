@@ -15,8 +15,8 @@ from ddpo.checkpoint import (
     checkpoints,
     damage,
     find_checkpoint,
-    forget_later,
     load_checkpoint,
+    remove_later,
     save_checkpoint,
 )
 from ddpo.run_log import RunLog
@@ -109,7 +109,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_used_if_asked(tmp_pa
     assert find_checkpoint(tmp_path / "checkpoint_0001").name == "checkpoint_0001"
 
 
-def test_nothing_to_go_on_from_is_said(tmp_path):
+def test_nothing_to_resume_from_is_said(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         find_checkpoint(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
@@ -120,22 +120,22 @@ def test_nothing_to_go_on_from_is_said(tmp_path):
         find_checkpoint(tmp_path, previous_if_damaged=True)
 
 
-def test_going_on_from_an_older_one_forgets_the_newer(tmp_path):
+def test_resuming_from_an_older_one_removes_the_newer(tmp_path):
     for epochs_done in range(4):
         save(tmp_path, epochs_done)
-    forget_later(tmp_path / "checkpoint_0001")
+    remove_later(tmp_path / "checkpoint_0001")
     assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint_0000", "checkpoint_0001"]
     assert find_checkpoint(tmp_path).name == "checkpoint_0001"
 
 
-def test_going_on_from_an_older_one_forgets_later_lines_and_validations(tmp_path):
-    main_process = SimpleNamespace(is_main_process=True, trackers=[], log=lambda numbers, step: None)
-    log = RunLog(tmp_path, main_process, ConfigDict())
-    (tmp_path / "validation").mkdir()
+def test_resuming_from_an_older_one_drops_later_metrics_and_validations(tmp_path):
+    main_process = SimpleNamespace(is_main_process=True, trackers=[], log=lambda numbers, step: None, print=print)
+    config = ConfigDict({"sample": {"save_images": 0}})
+    log = RunLog(tmp_path, main_process, config)
     for epoch in (0, 2, 4):
-        log.write("validation", epoch, {"reward_mean": float(epoch)})
-        np.savez(tmp_path / "validation" / f"epoch_{epoch:04d}.npz", rewards=np.ones(1))
-    log = RunLog(tmp_path, main_process, ConfigDict())
+        scores = {"reward": np.full(2, -epoch / 10), "foreground": np.ones((2, 4)), "empty": np.zeros((2, 4))}
+        log.validation(epoch, scores, ["a cube", "a cone"])
+    log = RunLog(tmp_path, main_process, config)
     log.resume(epochs_done=2)
     assert [line["epoch"] for line in log.lines] == [0]
     assert [file.name for file in (tmp_path / "validation").iterdir()] == ["epoch_0000.npz"]

@@ -10,17 +10,13 @@ from absl import flags
 from ml_collections import config_flags
 
 from config import base, dgx, tiny
-from config.validate import (
-    CHOICES,
-    RANGES,
-    _flatten,
-    batch_table,
-    check_flags,
-    resolve,
-    trained_steps,
-    updates_per_epoch,
-    validate,
-)
+from config.batches import batch_table, trained_steps, updates_per_epoch
+from config.cli import check_flags
+from config.validate import CHOICES, RANGES, flatten, resolve, validate
+from diffusers_patch.loading import PAINTERS
+from diffusers_patch.policy import DTYPES, LORA_TARGETS
+from mrc.rewards import REWARDS
+from recon import RECONSTRUCTORS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -28,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def complete(config):
     """A configuration with what the user has to give."""
     config.pretrained.model = config.pretrained.model or "someone/painter"
-    config.recon.checkpoint = config.recon.checkpoint or "sculptor.safetensors"
+    config.recon.checkpoint = config.recon.checkpoint or "reconstructor.safetensors"
     return config
 
 
@@ -216,10 +212,17 @@ def test_batch_table_tells_on_policy_from_off_policy():
 
 
 def test_every_enumerated_and_bounded_key_exists_and_has_an_allowed_default():
-    keys = _flatten(base.get_config())
+    keys = flatten(base.get_config())
     assert set(CHOICES) | set(RANGES) <= set(keys)
     numbers = {key for key, value in keys.items() if isinstance(value, (int, float)) and not isinstance(value, bool)}
     assert numbers == set(RANGES)
+
+
+def test_allowed_names_are_those_of_the_registries():
+    registries = {"painter.name": PAINTERS, "recon.name": RECONSTRUCTORS, "reward_fn": REWARDS}
+    registries |= {"mixed_precision": DTYPES, "lora.targets": LORA_TARGETS}
+    for key, registry in registries.items():
+        assert sorted(CHOICES[key]) == sorted(registry), key
 
 
 def test_every_key_of_base_is_documented():
@@ -272,7 +275,7 @@ def test_step_contradictions():
     refused("leaves no step", train__skip_last_steps=8, train__timesteps_per_forward=1)
     refused("leaves no step to train: set it to 0.25", train__timestep_fraction=0.1)
     refused("only 2 steps", train__timestep_fraction=0.5)
-    refused("another policy", train__cfg=False)
+    refused("config.train.cfg is False", train__cfg=False)
     refused(r"sample.eta is 0.0: set it to a value in \(0, 1\]", sample__eta=0.0)
     refused("kl_calibration_updates is 5, more than the 2", num_epochs=3, train__kl_calibration_updates=5)
 
@@ -314,21 +317,16 @@ def test_nan_is_refused():
     refused("learning_rate is nan", train__learning_rate=float("nan"))
 
 
-def test_unknown_missing_and_wrongly_typed_keys():
+def test_unknown_keys_and_wrong_types_are_refused_where_they_are_written():
     config = tiny.get_config()
-    config.train.learning_rat = 1.0
-    with pytest.raises(ValueError, match="did you mean config.train.learning_rate"):
-        validate(config, 1, check_files=False)
-    config = tiny.get_config()
-    del config.sample["eta"]
-    with pytest.raises(ValueError, match="config.sample.eta is missing"):
-        validate(config, 1, check_files=False)
-    for key, value in (("use_lora", 1), ("seed", "1"), ("num_epochs", 1.5), ("run_name", 3), ("seed", None)):
-        config = tiny.get_config()
-        with config.ignore_type():
+    with pytest.raises(AttributeError, match="learning_rat"):
+        config.train.learning_rat = 1.0
+    for key, value in (("use_lora", "yes"), ("seed", "1"), ("num_epochs", 1.5), ("run_name", 3)):
+        with pytest.raises(TypeError, match=key):
             config[key] = value
-        with pytest.raises(ValueError, match=f"config.{key} is .*: it must be a"):
-            validate(config, 1, check_files=False)
+    config.seed = None  # the only value that the lock lets through for any type
+    with pytest.raises(ValueError, match="config.seed is None: give it a value"):
+        validate(config, 1, check_files=False)
 
 
 def test_what_the_user_must_give():
@@ -343,28 +341,65 @@ def test_what_the_user_must_give():
 
 
 def test_missing_files_are_named(tmp_path):
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("a cup\na hat\n")
+    file = tmp_path / "file"
+    file.touch()
     config = complete(base.get_config())
-    config.prompts.train_file = config.prompts.val_file = config.prompts.test_file = str(prompts)
-    with pytest.raises(ValueError, match="num_train is 30 but .* has 2 prompts"):
+    with pytest.raises(FileNotFoundError, match="config.recon.checkpoint is 'reconstructor.safetensors'"):
         validate(config, 1)
-    config.prompts.num_train = 0
-    with pytest.raises(FileNotFoundError, match="config.recon.checkpoint is 'sculptor.safetensors'"):
-        validate(config, 1)
-    config.recon.checkpoint = str(prompts)
+    config.recon.checkpoint = str(file)
     validate(config, 1)
     config.pretrained.model = "tiny/nothing"  # looks like a hub id, but its first part is a folder of the repository
     with pytest.raises(FileNotFoundError, match="config.pretrained.model"):
         validate(config, 1)
-    config = dgx.carve3d_train()
-    config.prompts.train_file = str(tmp_path / "curated" / "kept.txt")
-    with pytest.raises(FileNotFoundError, match="config.prompts.train_file.*python -m prompts.curate"):
-        validate(complete(config), 1)
 
 
-def test_the_command_line_check_says_one_sentence():
-    command = [sys.executable, "-m", "config.validate", "--processes", "2", "--config", "config/base.py"]
-    result = subprocess.run([*command, "--config.train.learning_rat=1"], capture_output=True, text=True, cwd=ROOT)
-    assert result.returncode == 1 and "did you mean config.train.learning_rate" in result.stderr
-    assert "Traceback" not in result.stderr and result.stderr.strip().count("\n") == 0
+###### The command line ######
+
+BAD_FILES = {  # what a configuration file says, and words of the sentence that it gets
+    "config.train.learning_rat = 1": "learning_rat",
+    "config.num_epochs = 'many'": "num_epochs",
+    "raise ValueError('no such world')": "no such world",
+}
+
+
+def check_config(*arguments):
+    """Exit status, stdout and stderr of tools.check_config."""
+    command = [sys.executable, "-m", "tools.check_config", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_the_command_shows_the_batches():
+    code, out, _ = check_config("--processes", 2, "--config", "config/tiny.py", "--config.seed=1")
+    assert code == 0 and "64 = 32 at a time x 1 batches x 2 processes" in out
+    code, out, _ = check_config("--help")
+    assert code == 0 and "--processes" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config.train.learning_rat=1"], "did you mean config.train.learning_rate"),
+        (["--config.num_epochs=abc"], "config.num_epochs=abc"),
+        (["--config.use_lora=maybe"], "config.use_lora=maybe"),
+        (["--config=nope.py"], "'nope.py', which does not exist"),
+        (["--config=config/dgx.py:data_size(ten)"], "data_size(ten) has wrong arguments"),
+        (["--config=config/dgx.py:nope"], "has no run 'nope': write one of carve3d_train, "),
+        (["--config=config/dgx.py"], "prompts/curated/kept.txt does not exist"),
+        (["tiny"], "'tiny' is not a flag"),
+        (["--nope=1"], "nope"),
+    ],
+)
+def test_mistakes_get_one_sentence(arguments, words):
+    given = ["--config.pretrained.model=someone/painter", "--config.recon.checkpoint=someone/reconstructor"]
+    code, _, err = check_config(*given, *arguments)
+    assert code == 1 and err.startswith("carve3d_train: ") and words in err
+    assert "Traceback" not in err and err.strip().count("\n") == 0
+
+
+@pytest.mark.parametrize("line", BAD_FILES)
+def test_mistakes_in_a_configuration_file_get_one_sentence(line, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from config import base\n\ndef get_config():\n    config = base.get_config()\n    {line}\n")
+    code, _, err = check_config("--config", file)
+    assert code == 1 and BAD_FILES[line] in err and err.strip().count("\n") == 0

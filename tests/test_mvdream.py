@@ -14,15 +14,15 @@ from safetensors.torch import load_file, save_file
 from config import base
 from config.validate import validate
 from ddpo.checkpoint import checkpoints
-from ddpo.setup import check_cameras, load_painter
-from diffusers_patch import mvdream_checkpoints
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
+from diffusers_patch.loading import check_cameras, load_painter
 from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let_views_attend
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
 from tests import children
 from tests.tiny_models import LATENT, make_mvdream, make_world, settings
 from tiny.train_painter import make_tokenizer
+from tools import convert_mvdream
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "mvdream_manifest.json").read_text())
@@ -260,8 +260,8 @@ def test_the_command_writes_a_stock_pipeline(ldm, tokenizer, tmp_path, monkeypat
     file = tmp_path / "sd-v2.1-base-4view.pt"
     torch.save(ldm.weights, file)
     source = ashawkey_folder(ldm, from_ldm(ldm, file, tokenizer), tmp_path / "ashawkey")
-    monkeypatch.setattr("sys.argv", ["mvdream_checkpoints", str(source), str(tmp_path / "stock")])
-    mvdream_checkpoints.main()
+    monkeypatch.setattr("sys.argv", ["convert_mvdream", str(source), str(tmp_path / "stock")])
+    convert_mvdream.main()
     assert same_unet(StableDiffusionPipeline.from_pretrained(tmp_path / "stock", local_files_only=True), ldm)
 
 
@@ -297,7 +297,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def mvdream_run(world, tmp_path_factory):
-    """Samples are painted and learnt one by one, so that both see the same batches."""
+    """Samples are painted and trained on one by one, so that both see the same batches."""
     logdir = tmp_path_factory.mktemp("run")
     values = settings(
         world,
@@ -322,7 +322,7 @@ def test_on_policy_ratios_are_one_to_the_last_bit(mvdream_run):
     assert update["grad_norm"] > 0
 
 
-def test_stock_diffusers_loads_what_was_learnt(mvdream_run, world):
+def test_stock_diffusers_loads_what_was_learned(mvdream_run, world):
     pipeline = StableDiffusionPipeline.from_pretrained(world / "mvdream", safety_checker=None)
     pipeline.load_lora_weights(mvdream_run / "final")
     stock = {name.replace(".default_0.", ".default."): value for name, value in pipeline.unet.state_dict().items()}

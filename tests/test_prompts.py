@@ -1,16 +1,11 @@
-"""Prompt files, drawing from them, and the resumable curation."""
+"""Prompt files, and drawing from them."""
 
-import csv
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from config import base
-from prompts import curate
-from prompts.curate import score_all, write_ranking
 from prompts.dataset import PromptDataset, load_prompts
 
 PROMPTS = Path(__file__).resolve().parent.parent / "prompts"
@@ -97,67 +92,3 @@ def test_published_fill_epoch_is_one_ordinary_epoch():
     _, ids = PromptDataset(*files, num_train=30).fill_epoch(min_count=25, batch=8 * 48, at_least=768)
     counts = torch.bincount(ids)
     assert len(ids) == 768 and len(counts) == 30 and counts.min() == 25
-
-
-###### Curation ######
-
-
-REWARDS = {"a cup": [-0.1, -0.2], "a hat": [-0.5, -0.4], "a dog": [-0.3, -0.3]}
-
-
-def test_ranking_keeps_the_lowest_mean(tmp_path):
-    results = score_all(list(REWARDS), lambda index, prompt: REWARDS[prompt], tmp_path / "r.jsonl", {"seed": 1})
-    assert write_ranking(results, tmp_path, keep=2) == ["a hat", "a dog"]
-    assert (tmp_path / "kept.txt").read_text() == "a hat\na dog\n"
-    rows = list(csv.DictReader((tmp_path / "ranking.csv").open()))
-    assert [(row["prompt"], row["kept"]) for row in rows] == [("a hat", "1"), ("a dog", "1"), ("a cup", "0")]
-    assert float(rows[0]["mean_reward"]) == pytest.approx(-0.45)
-    with pytest.raises(ValueError, match="--keep is 4"):
-        write_ranking(results, tmp_path, keep=4)
-
-
-def test_an_interrupted_curation_goes_on_where_it_was(tmp_path):
-    file, calls = tmp_path / "r.jsonl", []
-
-    def score(index, prompt):
-        if prompt == "a dog" and not calls.count("a dog"):
-            calls.append(prompt)
-            raise KeyboardInterrupt
-        calls.append(prompt)
-        return REWARDS[prompt]
-
-    with pytest.raises(KeyboardInterrupt):
-        score_all(list(REWARDS), score, file, {"seed": 1})
-    with file.open("a") as half:
-        half.write('{"prompt": "a do')  # killed while writing
-    assert score_all(list(REWARDS), score, file, {"seed": 1}) == REWARDS
-    assert calls == ["a cup", "a hat", "a dog", "a dog"]
-    assert len(file.read_text().splitlines()) == 4
-
-
-def test_results_of_other_settings_and_damaged_ones_are_refused(tmp_path):
-    file = tmp_path / "r.jsonl"
-    score_all(["a cup"], lambda index, prompt: [0.0], file, {"seed": 1, "steps": 8})
-    with pytest.raises(ValueError, match="other settings .seed.: remove it"):
-        score_all(["a cup"], lambda index, prompt: [0.0], file, {"seed": 2, "steps": 8})
-    file.write_text("nonsense\n")
-    with pytest.raises(ValueError, match="is damaged"):
-        score_all(["a cup"], lambda index, prompt: [0.0], file, {"seed": 1})
-
-
-def test_the_command_trains_on_what_it_kept(tmp_path, monkeypatch):
-    candidates = tmp_path / "candidates.txt"
-    candidates.write_text("".join(f"{prompt}\n" for prompt in REWARDS))
-    config = base.get_config()
-    config.pretrained.model, config.reward_fn, config.mixed_precision = "someone/painter", "jpeg_compressibility", "no"
-    monkeypatch.setattr(curate, "_painter_score", lambda config, samples: lambda index, prompt: REWARDS[prompt])
-    out = tmp_path / "curated"
-    curate.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=2, keep=1))
-    assert load_prompts(out / "kept.txt") == ["a hat"]
-    with pytest.raises(ValueError, match="--keep is 4 but .* has 3 prompts"):
-        curate.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=2, keep=4))
-
-
-def test_unrankable_rewards_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="cannot be ranked"):
-        score_all(["a cup"], lambda index, prompt: [float("nan")], tmp_path / "r.jsonl", {})

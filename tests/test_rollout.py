@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 from diffusers_patch.mv_sdxl import split_grid
-from diffusers_patch.policy import rescale_guidance
 from diffusers_patch.rollout import rollout
 from mrc.sanity_rewards import tile_views
 from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy
@@ -38,7 +37,7 @@ def golden_rollout(run):
         settings["guidance_scale"],
         settings["eta"],
         generator,
-        reference=settings["unet_reference"],
+        score_reference=settings["unet_reference"],
         latents=None if run == "B" else golden(run, "initial_latents"),
     )
 
@@ -80,7 +79,10 @@ def test_golden_first_prediction():
             alone = policy.predict(x, t, trajectory.conditioning, 1.0, reference=reference)
         assert torch.allclose(output, expected, atol=1e-4)
         assert torch.allclose(alone, conditional, atol=1e-5)
-    assert torch.allclose(rescale_guidance(expected, conditional, 1.0).std((1, 2, 3)), conditional.std((1, 2, 3)))
+    policy.guidance_rescale = 1.0
+    with torch.no_grad():
+        rescaled = policy.predict(x, t, trajectory.conditioning, 5.0, reference=True)
+    assert torch.allclose(rescaled.std((1, 2, 3)), conditional.std((1, 2, 3)), atol=1e-5)
 
 
 def test_a_sample_does_not_depend_on_its_batch():
@@ -119,12 +121,12 @@ def test_the_reference_is_the_model_without_its_lora():
     def generator():
         return torch.Generator().manual_seed(0)
 
-    base = rollout(policy, PROMPTS, 3, 5.0, generator=generator(), reference=True)
+    base = rollout(policy, PROMPTS, 3, 5.0, generator=generator(), score_reference=True)
     assert torch.equal(base.log_probs, base.log_probs_reference)  # B = 0: the LoRA does nothing yet
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter.add_(0.05)
-    moved = rollout(policy, PROMPTS, 3, 5.0, generator=generator(), reference=True)
+    moved = rollout(policy, PROMPTS, 3, 5.0, generator=generator(), score_reference=True)
     assert not torch.equal(moved.log_probs, moved.log_probs_reference)
     x, t = moved.latents[:, 0], moved.timesteps[:, 0]
     with torch.no_grad():

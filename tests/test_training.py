@@ -140,13 +140,13 @@ def assert_stock_diffusers_paints_with(run_folder, world):
     assert scales == {1.0}
 
 
-def test_stock_diffusers_loads_what_was_learnt(whole_run, world):
+def test_stock_diffusers_loads_what_was_learned(whole_run, world):
     assert_stock_diffusers_paints_with(whole_run, world)
 
 
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
-MOMENTS = [  # the call in which the process dies, counted from where the run goes on
+MOMENTS = [  # the call in which the process dies, counted from where the run resumes
     ("diffusers_patch.rollout.draw", 1),  # the first validation
     ("diffusers_patch.rollout.draw", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
     ("ddpo.update.ppo_loss", 5),  # update of epoch 1, between its two micro-batches
@@ -154,15 +154,15 @@ MOMENTS = [  # the call in which the process dies, counted from where the run go
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
     ("ddpo.update.ppo_loss", 8 + 3),  # update of epoch 2
     ("matplotlib.pyplot.close", 1),  # saving what belongs to checkpoint 3, before the checkpoint
-    ("carve3d_train.ttest_rel", 1),  # the very end
+    ("ddpo.run_log.ttest_rel", 1),  # the very end
 ]
-GONE_ON_FROM = [0, 1, 1, 1, 1, 2, 2, 3]
+RESUMED_FROM = [0, 1, 1, 1, 1, 2, 2, 3]
 
 
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole_run, world, tmp_path):
     values = settings(world, tmp_path)
     run = tmp_path / "run"
-    for (target, call), epochs_done in zip(MOMENTS, GONE_ON_FROM, strict=True):
+    for (target, call), epochs_done in zip(MOMENTS, RESUMED_FROM, strict=True):
         assert children.run(children.train_and_die, values, target, call) == -signal.SIGKILL, target
         assert find_checkpoint(run).name == f"checkpoint_000{epochs_done}"
         values = settings(world, tmp_path, resume_from=str(run))
@@ -294,7 +294,7 @@ def test_more_processes_than_validation_prompts(world, tmp_path):
 
 
 def test_on_policy_ratios_are_one_to_the_last_bit(world, tmp_path):
-    """Samples are painted and learnt one by one, so that both see the same batches."""
+    """Samples are painted and trained on one by one, so that both see the same batches."""
     values = settings(
         world,
         tmp_path,
@@ -378,7 +378,7 @@ def test_the_small_world_s_settings(whole_run, world, tmp_path):
 
 
 def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
-    plain = dict(sample__guidance_scale=1.0, train__cfg=False, val_freq=5)
+    plain = dict(sample__guidance_scale=1.0, val_freq=5)
     no_reference = settings(
         world,
         tmp_path,

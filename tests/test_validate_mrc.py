@@ -1,19 +1,18 @@
-"""The sanity experiment: distortions do what they say, and MRC of the small sculptor rises with them."""
+"""The sanity experiment: distortions do what they say, and MRC of the small reconstructor rises with them."""
 
 import torch
 
 from config import tiny
 from config.validate import resolve
-from mrc import LPIPS, MRC
-from mrc.validate import TRIALS, VIEW, blur, draw, experiment, table, turn_hue, with_distorted_view
-from recon import load_reconstructor
+from mrc.rewards import load_mrc
+from tools.validate_mrc import TRIALS, VIEW, blur, draw, experiment, rotate_hue, table, with_distorted_view
 
 
 def test_hue():
     red, white, gray = (torch.tensor(c)[:, None, None] for c in ((1.0, 0, 0), (1.0, 1, 1), (0.3, 0.3, 0.3)))
-    assert torch.allclose(turn_hue(red, 120.0), torch.tensor([0.0, 1, 0])[:, None, None], atol=1e-6)
+    assert torch.allclose(rotate_hue(red, 120.0), torch.tensor([0.0, 1, 0])[:, None, None], atol=1e-6)
     for colour in (white, gray):
-        assert torch.allclose(turn_hue(colour, 77.0), colour, atol=1e-6)
+        assert torch.allclose(rotate_hue(colour, 77.0), colour, atol=1e-6)
 
 
 def test_blur():
@@ -32,8 +31,7 @@ def test_one_view_is_distorted():
 
 def test_mrc_rises_with_what_contradicts(tmp_path):
     config = resolve(tiny.get_config(), 1)
-    judge = MRC(load_reconstructor(config.recon), LPIPS(), render_size=64)
-    results = experiment(judge, 4, 64, [("rotation", 40.0), ("another object", 1.0)])
+    results = experiment(load_mrc(config, "cpu"), 4, 64, [("rotation", 40.0), ("another object", 1.0)])
 
     def mean(kind, strength):
         return sum(results[kind][strength]) / 4

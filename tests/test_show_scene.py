@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-import recon.show
 from config import tiny
 from recon.cameras import instant3d_cameras
 from recon.gaussian_splatting import Gaussians
 from recon.mesh import extract_mesh, save_mesh_ply
-from recon.show import load_views, save_scene, turntable_cameras
 from tiny.objects import build, fixed_views
+from tools import show_scene
+from tools.show_scene import load_views, save_scene, turntable_cameras
 
 
 def ball(points):
@@ -70,7 +70,7 @@ def test_pictures_become_views(pictures):
 
 def test_bad_pictures_get_one_sentence(pictures, tmp_path):
     files, _ = pictures
-    with pytest.raises(ValueError, match="names 3 pictures, but the sculptor wants 4"):
+    with pytest.raises(ValueError, match="3 pictures are given, but the reconstructor wants 4"):
         load_views(files[:3], 4)
     Image.new("RGB", (64, 32)).save(tmp_path / "wide.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "small.png")
@@ -84,8 +84,8 @@ def test_bad_pictures_get_one_sentence(pictures, tmp_path):
 
 def test_the_command(pictures, tmp_path, monkeypatch, capsys):
     files, _ = pictures
-    monkeypatch.setattr(recon.show, "FRAMES", 4)
-    recon.show.main(SimpleNamespace(config=tiny.get_config(), out=str(tmp_path / "out")), files)
+    monkeypatch.setattr(show_scene, "FRAMES", 4)
+    show_scene.main(SimpleNamespace(config=tiny.get_config(), out=str(tmp_path / "out")), *files)
     values = capsys.readouterr().out.splitlines()[0].removeprefix("MRC of each view: ").split(", ")
     assert len(values) == 4 and all(0 < float(value) < 0.05 for value in values)
     with Image.open(tmp_path / "out" / "turntable.gif") as turntable:
