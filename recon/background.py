@@ -1,36 +1,35 @@
-"""Painters do not always paint on white, and everything behind them counts what is not white as part of the object.
+"""Removing backgrounds: the reconstructors and the reward count whatever is not white as part of the object."""
 
-What the sculptors assume, all of them: one object on white inside [-1, 1]^3, whose whole outline is in every view. LGM
-and GRM were trained on objects that fill most of the view; OpenLRM on objects at distance 2 in a view of 67.4 degrees.
-"""
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from PIL import Image
 
 
-def background_remover():
-    """A function views (B, V, 3, S, S) in [0, 1] -> the same with their objects on white, by `rembg`.
+def background_remover() -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function that cuts the objects out of views (B, V, 3, S, S) in [0, 1] with `rembg` and puts them on white.
 
     Raises ValueError if rembg is not installed."""
     try:
         import rembg
     except ImportError as error:
         raise ValueError(
-            "config.recon.remove_background is True, but rembg is not installed: `pip install rembg`, or set "
-            "it to False if the painter paints on white."
+            "config.recon.remove_background is True, but rembg is not installed: `pip install rembg`, or set it to "
+            "False if the painter paints on white."
         ) from error
     session = rembg.new_session()
 
-    def remove(views):
-        cut = [_on_white(view, rembg, session) for view in views.flatten(0, 1)]
-        return torch.stack(cut).to(views).view_as(views)
+    def remove(views: torch.Tensor) -> torch.Tensor:
+        on_white = [_put_on_white(view, rembg, session) for view in views.flatten(0, 1)]
+        return torch.stack(on_white).to(views).view_as(views)
 
     return remove
 
 
-def _on_white(view, rembg, session):
-    picture = Image.fromarray((view * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-    cut = rembg.remove(picture, session=session).convert("RGBA")
-    cut = Image.alpha_composite(Image.new("RGBA", cut.size, "white"), cut).convert("RGB")
-    return torch.from_numpy(np.array(cut)).permute(2, 0, 1) / 255
+def _put_on_white(view, rembg, session):
+    """View (3, S, S) on any device -> the same on the CPU, its object on white."""
+    image = Image.fromarray((view * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+    cutout = rembg.remove(image, session=session).convert("RGBA")
+    on_white = Image.alpha_composite(Image.new("RGBA", cutout.size, "white"), cutout).convert("RGB")
+    return torch.from_numpy(np.array(on_white)).permute(2, 0, 1) / 255

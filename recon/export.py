@@ -1,38 +1,25 @@
-"""Scenes as files that other programs open."""
+"""Scenes of Gaussians as files for other programs."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from recon.gaussian_splatting import Gaussians
+
 SH_0 = 0.5 / math.sqrt(math.pi)  # the constant spherical harmonic
 PROPERTIES = (
-    "x",
-    "y",
-    "z",
-    "nx",
-    "ny",
-    "nz",
-    "f_dc_0",
-    "f_dc_1",
-    "f_dc_2",
-    "opacity",
-    "scale_0",
-    "scale_1",
-    "scale_2",
-    "rot_0",
-    "rot_1",
-    "rot_2",
-    "rot_3",
-)
+    "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3".split()
+)  # of a vertex, in the order of the file
 
 
-def save_gaussians_ply(gaussians, path):
-    """Write one scene (`recon.gaussian_splatting.Gaussians` of batch size 1, ValueError otherwise) as a binary PLY in
-    the layout of 3D Gaussian splatting: colour as (rgb - 0.5) / SH_0, opacity as logit, scale as logarithm, quaternion
-    (w, x, y, z), normals zero.
+def save_gaussians_ply(gaussians: Gaussians, file: str | Path) -> None:
+    """Write one scene (batch of 1) as a binary PLY in the layout of 3D Gaussian splatting (Kerbl et al. 2023).
 
-    Opacities are kept 1e-6 away from 0 and 1 and scales above 1e-10, so that every number is finite."""
+    The file holds colours as (rgb - 0.5) / SH_0, opacities as logits, scales as logarithms, quaternions as (w, x, y, z)
+    and zeros for normals. Opacities are kept 1e-6 away from 0 and 1, and scales above 1e-10, so that every number is
+    finite. Raises ValueError if there is not exactly one scene."""
     if len(gaussians) != 1:
         raise ValueError(f"a PLY file holds one scene and there are {len(gaussians)}; choose one, as in gaussians[0]")
     means, opacities, scales, quaternions, colours = (value[0].detach().cpu().double() for value in gaussians.tensors())
@@ -56,6 +43,6 @@ def save_gaussians_ply(gaussians, path):
         "end_header",
         "",
     ]
-    with open(path, "wb") as file:
-        file.write("\n".join(header).encode("ascii"))
-        file.write(vertices.tobytes())
+    with open(file, "wb") as handle:
+        handle.write("\n".join(header).encode("ascii"))
+        handle.write(vertices.tobytes())

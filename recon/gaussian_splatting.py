@@ -1,13 +1,13 @@
 """Rendering of 3D Gaussians (Kerbl et al. 2023, "3D Gaussian Splatting for Real-Time Radiance Field Rendering").
 
-A Gaussian of mean m, axes R and standard deviations S is seen as a 2D normal distribution around the projection of m
-with covariance Sigma = J W (R S S^T R^T) W^T J^T + 0.3 I, where W turns the world into the camera and J is the
-derivative of the projection at m (Zwicker et al. 2001, "EWA Splatting"). At a pixel centre, d away from its middle,
-it has alpha = min(alpha_max, opacity exp(-d^T Sigma^-1 d / 2)), or none if that is below 1/255. Sorted by depth, the
-Gaussians are laid over each other front to back: T_i = prod_{j<i} (1 - alpha_j), colour = sum_i T_i alpha_i c_i.
+A Gaussian of mean m, axes R and standard deviations S appears as a 2D normal distribution around the projection of m
+with covariance Sigma = J W (R S S^T R^T) W^T J^T + 0.3 I, where W rotates the world into the camera and J is the
+derivative of the projection at m (Zwicker et al. 2001, "EWA Splatting"). At a pixel centre with offset d from that
+projection it has alpha = min(alpha_max, opacity exp(-d^T Sigma^-1 d / 2)), or 0 if that is below 1/255. Sorted by
+depth, the Gaussians are composited front to back: T_i = prod_{j<i} (1 - alpha_j), colour = sum_i T_i alpha_i c_i.
 
-On CUDA this is done by gsplat, elsewhere by the plain PyTorch form below, which defines what is right: a Gaussian is
-blended only into the tiles of pixels that it can touch, and into a tile only until that is opaque.
+On CUDA the renderer is gsplat, elsewhere the plain PyTorch code below, which is the reference: a Gaussian is blended
+only into the tiles of pixels that it can touch, and into a tile only until that is opaque.
 """
 
 import math
@@ -20,31 +20,31 @@ from torch.utils.checkpoint import checkpoint
 
 from recon.cameras import Cameras, project
 
-BLUR = 0.3  # variance in square pixels added to every projection, so that none falls between the pixels
+BLUR = 0.3  # variance in square pixels added to every projection, so that none falls between pixels
 ALPHA_MIN = 1 / 255
 MARGIN = 0.15  # of the image beyond its edges, past which J is held fixed
 TILE = 8  # pixels per side
-TILE_BLOCK = 64  # tiles blended together,
-DEPTH_BLOCK = 64  # with so many Gaussians of each: the arrays stay in the processor cache
-PAIRS = 2**20  # Gaussian-tile pairs listed at a time: bounds the memory
-CULL_TILE = 16  # pixels per side of the tiles that `cull_sigmas` speaks of, whole TILEs
+TILE_BLOCK = 64  # tiles blended together
+DEPTH_BLOCK = 64  # Gaussians of each that are blended together, so few that the arrays stay in the processor cache
+PAIRS = 2**20  # Gaussian-tile pairs listed at a time, which bounds the memory
+CULL_TILE = 16  # pixels per side of the tiles of `cull_sigmas`, a multiple of TILE
 
 
 @dataclass(frozen=True)
 class SplatConstants:
-    """What implementations of the same equations do not agree on.
+    """The constants in which implementations of the same equations differ.
 
-    On CUDA gsplat 1.5.3 honours `near` alone and does everything else as `GSPLAT` says, without a warning. With unit
-    quaternions and the principal point in the middle of the image that moves no pixel of small dense scenes by more
-    than 5e-4 from `INRIA` and by more than 0.02 from `INRIA_TILED`.
+    On CUDA gsplat 1.5.3 honours `near` alone and silently does everything else as in `GSPLAT`. With unit quaternions
+    and the principal point in the middle of the image that changes no pixel of small dense scenes by more than 5e-4
+    from `INRIA`, and by more than 0.02 from `INRIA_TILED`.
 
-    alpha_max: the most that one Gaussian covers of a pixel.
+    alpha_max: the largest alpha of a Gaussian at a pixel.
     near: Gaussians whose mean has a z-depth of at most this are not drawn.
-    stop: a Gaussian that would leave less than this of the light of a pixel is not drawn there, nor is any behind it.
-    symmetric_clamp: J is held fixed beyond 0.65 image sides from the principal point; otherwise beyond 0.15 from the
-        edges of the image. They are the same where the principal point is in the middle.
-    normalize_quaternions: otherwise they are used as they are, and one that is not unit also scales and skews.
-    cull_sigmas: a Gaussian is only drawn in the 16x16 tiles touched by the square that reaches this many standard
+    stop: a Gaussian that would reduce the transmittance of a pixel below this is not drawn there, nor is any behind it.
+    symmetric_clamp: J is held constant beyond 0.65 image sides from the principal point, otherwise beyond 0.15 image
+        sides from the edges of the image. Both are the same if the principal point is in the middle.
+    normalize_quaternions: otherwise quaternions are used as they are, and those that are not unit scale and skew.
+    cull_sigmas: a Gaussian is drawn only in the 16x16 tiles touched by the square that reaches this many standard
         deviations of its longer axis from its middle; None draws it wherever its alpha is at least 1/255.
     """
 
@@ -56,19 +56,20 @@ class SplatConstants:
     cull_sigmas: float | None = None
 
 
-# the equations of diff-gaussian-rasterization, which LGM and GRM were trained with; its code also culls (second line)
+# those of diff-gaussian-rasterization, which LGM and GRM were trained with; INRIA_TILED also has its culling
 INRIA = SplatConstants(alpha_max=0.99, near=0.2, symmetric_clamp=True, normalize_quaternions=False)
 INRIA_TILED = replace(INRIA, cull_sigmas=3.0)
-# gsplat 1.0 to 1.5.3; its own culling leaves out nothing that counts
+# those of gsplat 1.0 to 1.5.3, whose own culling leaves out nothing visible
 GSPLAT = SplatConstants(alpha_max=0.999, near=0.01, symmetric_clamp=False, normalize_quaternions=True)
 
 
 @dataclass(frozen=True)
 class Gaussians:
-    """A batch of B scenes of N Gaussians each; ValueError if the shapes do not fit together.
+    """A batch of B scenes of N Gaussians each.
 
     means: (B, N, 3); opacities: (B, N) in [0, 1]; scales: (B, N, 3) standard deviations along the axes;
-    quaternions: (B, N, 4) as (w, x, y, z), turning the axes into the world; colours: (B, N, 3) RGB in [0, 1]."""
+    quaternions: (B, N, 4) as (w, x, y, z), rotating the axes into the world; colours: (B, N, 3) RGB in [0, 1].
+    Raises ValueError if the shapes do not fit together."""
 
     means: torch.Tensor
     opacities: torch.Tensor
@@ -86,64 +87,73 @@ class Gaussians:
                     f"it must be {wanted} with opacities (B, N)"
                 )
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.means)
 
-    def __getitem__(self, index):
-        """Select scenes: an index, slice or list along the batch axis (kept as an axis)."""
+    def __getitem__(self, index: int | slice | list[int]) -> "Gaussians":
+        """Select scenes along the batch axis, which is kept as an axis."""
         index = [index] if isinstance(index, int) else index
         return Gaussians(*(value[index] for value in self.tensors()))
 
-    def to(self, *args, **kwargs):
+    def to(self, *args, **kwargs) -> "Gaussians":
+        """All tensors moved or converted as by `torch.Tensor.to`."""
         return Gaussians(*(value.to(*args, **kwargs) for value in self.tensors()))
 
-    def tensors(self):
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The fields in the order of `names`."""
         return tuple(getattr(self, name) for name in self.names())
 
     @classmethod
-    def names(cls):
+    def names(cls) -> tuple[str, ...]:
         return tuple(field.name for field in fields(cls))
 
     @classmethod
-    def from_packed(cls, x):
-        """x (B, N, 14) in LGM's order: position 3, opacity 1, scale 3, quaternion 4, colour 3."""
+    def from_packed(cls, x: torch.Tensor) -> "Gaussians":
+        """x: (B, N, 14) in LGM's order: position 3, opacity 1, scale 3, quaternion 4, colour 3. Raises ValueError for
+        another shape."""
         if x.ndim != 3 or x.shape[-1] != 14:
             raise ValueError(f"packed Gaussians have shape {tuple(x.shape)}; they must be (B, N, 14)")
         means, opacities, scales, quaternions, colours = x.split([3, 1, 3, 4, 3], -1)
         return cls(means, opacities[..., 0], scales, quaternions, colours)
 
 
-def render_gaussians(gaussians, cameras, size, background=1.0, constants=INRIA):
-    """Pictures of B scenes of Gaussians; differentiable in all five fields.
+def render_gaussians(
+    gaussians: Gaussians,
+    cameras: Cameras,
+    size: int | tuple[int, int],
+    background: float | torch.Tensor = 1.0,
+    constants: SplatConstants = INRIA,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Render B scenes of Gaussians, differentiably in all five fields.
 
-    cameras: V views common to all scenes, or (B, V) of them; size: pixels, a number or (H, W);
-    background: a number or an RGB triple in [0, 1]; constants: see `SplatConstants`, which also tells what CUDA does.
+    cameras: V common to all scenes, or (B, V); size: pixels per side, or (H, W); background: a number or an RGB triple
+    in [0, 1]; constants: see `SplatConstants`, also for which of them count on CUDA.
 
     Returns image (B, V, 3, H, W), alpha = sum_i T_i alpha_i and depth = sum_i T_i alpha_i z_i, both (B, V, 1, H, W);
-    the depth is neither divided by alpha nor laid over any background. ValueError for shapes that do not fit, values
-    that are not finite and quaternions of length zero; ImportError for CUDA tensors without gsplat."""
+    the depth is not divided by alpha and has no background. Raises ValueError for shapes that do not fit, values that
+    are not finite and quaternions of length zero, ImportError for CUDA tensors without gsplat."""
     device = gaussians.means.device
     background, cameras = torch.as_tensor(background, device=device), cameras.to(device)
     height, width = _check(gaussians, cameras, size, background)
-    cameras = cameras.expand(len(gaussians)) if cameras.c2w.ndim == 3 else cameras
+    cameras = cameras.expand(len(gaussians))
     render = _render_gsplat if gaussians.means.is_cuda else _render_torch
     colour, depth, alpha = render(gaussians, cameras, height, width, constants).split([3, 1, 1], -3)
     return colour + (1 - alpha) * background.to(colour.dtype).reshape(-1, 1, 1), alpha, depth
 
 
 @torch.no_grad()
-def render_views(gaussians, cameras, size):
-    """What a sculptor of Gaussians shows of B scenes, as it was trained to: images (B, V, 3, size, size) in [0, 1] on
-    white and alpha (B, V, 1, size, size).
+def render_views(gaussians: Gaussians, cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Render B scenes with the constants that LGM and GRM were trained with: images (B, V, 3, size, size) in [0, 1] on
+    white and alpha (B, V, 1, size, size). cameras: V common to all scenes, or (B, V).
 
-    Without the culling of the code that it was trained with, so that CPU and CUDA show the same (see
-    `SplatConstants`)."""
+    The culling of the code that they were trained with is left out, so that CPU and CUDA agree, see `SplatConstants`.
+    """
     images, alpha, _ = render_gaussians(gaussians, cameras, size, constants=INRIA)
     return images.clamp(0, 1), alpha
 
 
 def _check(gaussians, cameras, size, background):
-    """Height and width, if everything can be rendered."""
+    """Raise ValueError if anything cannot be rendered. Returns height and width."""
     sides = size if isinstance(size, (tuple, list)) else (size, size)
     if len(sides) != 2 or not all(isinstance(side, int) and side > 0 for side in sides):
         raise ValueError(f"size is {size!r}; it must be a whole number of pixels, or two of them as (H, W)")
@@ -167,7 +177,7 @@ def _check(gaussians, cameras, size, background):
         raise ValueError("cameras hold values that are not finite")
     if (zero := (gaussians.quaternions.norm(dim=-1) == 0).sum()) > 0:
         raise ValueError(
-            f"{zero} of Gaussians.quaternions have length zero and stand for no rotation at all; "
+            f"{zero} of Gaussians.quaternions have length zero and are not rotations; "
             "(1, 0, 0, 0) leaves the axes as they are"
         )
     return sides
@@ -212,7 +222,7 @@ def _render_gsplat(gaussians, cameras, height, width, constants):
 def _render_torch(gaussians, cameras, height, width, constants):
     """Colour, depth and alpha (B, V, 5, H, W), one image after the other."""
     dtype = torch.promote_types(gaussians.means.dtype, torch.float32)
-    # float64 until Gaussians meet pixels: cheap, and far from the middle of a long Gaussian small errors become large
+    # float64 up to the blending: cheap, and small errors become large far from the middle of a long Gaussian
     gaussians, cameras = gaussians.to(torch.float64), cameras.to(torch.float64)
     images = []
     for b in range(len(gaussians)):
@@ -227,7 +237,7 @@ def _render_torch(gaussians, cameras, height, width, constants):
 def _splats(means, opacities, scales, quaternions, colours, camera, height, width, constants):
     """The Gaussians of one scene that one camera sees, nearest first.
 
-    The 2D normal distribution is written as that of y times that of x given y, where nothing cancels:
+    The 2D normal distribution is factored into that of y and that of x given y, which avoids cancellation:
     log alpha = log opacity - (tall dy)^2 - (narrow (dx - slope dy))^2.
 
     Returns splats (M, 6): middle x and y in pixels, slope, narrow, tall, log opacity; shades (M, 5): colour, z-depth
@@ -300,10 +310,10 @@ def _tile_range(middle, xx, yy, determinant, opacities, size, constants):
 
 
 def _blend_image(splats, shades, first, last, height, width, constants):
-    """What `_splats` found, laid over each other: colour, depth and alpha (5, H, W)."""
+    """Composite what `_splats` returned: colour, depth and alpha (5, H, W)."""
     columns, rows = -(-width // TILE), -(-height // TILE)
     canvas = splats.new_zeros(rows * columns, 5, TILE * TILE)
-    light = splats.new_ones(rows * columns, TILE * TILE)  # what is left of it: T
+    light = splats.new_ones(rows * columns, TILE * TILE)  # the transmittance T
     tile = torch.arange(rows * columns, device=splats.device)
     corners = TILE * torch.stack([tile % columns, tile // columns], -1).to(splats.dtype)
     pairs = (last - first + 1).clamp(min=0).prod(-1)
@@ -322,8 +332,8 @@ def _blend_image(splats, shades, first, last, height, width, constants):
 
 
 def _tile_lists(part, first, last, clear, columns):
-    """Which of the Gaussians `part` (P,) touch which tiles: their numbers, tile by tile and in the order of `part`, and
-    how many belong to each tile. Tiles that are not `clear` have none."""
+    """Which of the Gaussians `part` (P,) touch which tiles: their indices, tile by tile and in the order of `part`, and
+    how many belong to each tile. Tiles that are not `clear` get none."""
     span = (last - first + 1).clamp(min=0)
     pairs = span[part].prod(-1)
     member = part.repeat_interleave(pairs)
@@ -336,9 +346,11 @@ def _tile_lists(part, first, last, clear, columns):
 
 
 def _blend_tiles(splats, shades, members, starts, counts, corners, light, constants):
-    """Blend the lists of t tiles into `light` (t, P): what is left of it, and what is seen (t, 5, P)."""
+    """Blend the lists of t tiles with transmittance `light` (t, P).
+
+    Returns the transmittance behind them (t, P) and their colour, depth and alpha (t, 5, P)."""
     blend = partial(_blend, alpha_max=constants.alpha_max, stop=constants.stop)
-    if splats.requires_grad or shades.requires_grad:  # keep what goes in, not every Gaussian's alpha at every pixel
+    if splats.requires_grad or shades.requires_grad:  # do not keep every Gaussian's alpha at every pixel
         blend = partial(checkpoint, blend, use_reentrant=False, preserve_rng_state=False)
     canvas = light.new_zeros(len(light), 5, TILE * TILE)
     live = torch.arange(len(light), device=light.device)
@@ -356,9 +368,11 @@ def _blend_tiles(splats, shades, members, starts, counts, corners, light, consta
 
 
 def _blend(splats, shades, member, missing, corners, light, alpha_max, stop):
-    """Blend the Gaussians `member` (t, K), without the `missing` (t, K), into the `light` (t, P) of tiles with upper
-    left `corners` (t, 2). Returns what is left of the light, at most `stop` once a Gaussian was left out for that, and
-    what is seen (t, 5, P)."""
+    """Blend the Gaussians `member` (t, K), except those that are `missing` (t, K), into tiles with upper left `corners`
+    (t, 2) and transmittance `light` (t, P).
+
+    Returns the transmittance behind them (t, P), at most `stop` once a Gaussian was left out because of it, and their
+    colour, depth and alpha (t, 5, P)."""
     splats, shades = (value.index_select(0, member.flatten()).unflatten(0, member.shape) for value in (splats, shades))
     x, y, slope, narrow, tall, log_opacity = splats.unbind(-1)
     pixel = torch.arange(TILE, device=light.device, dtype=light.dtype) + 0.5

@@ -1,35 +1,37 @@
 """GRM (Xu et al. 2024, "GRM: Large Gaussian Reconstruction Model for Efficient 3D Reconstruction and Generation"): four
 posed views in, one 3D Gaussian per input pixel out.
 
-A transformer over the patches of all views, one that doubles their resolution `decoder_ratio` times, and a 1x1
-convolution per attribute. Modules have the published names. Where the public code does something that one would not
-expect, so does this, since the published weights were trained with it. `recon.grm_checkpoint` converts the files.
+A transformer over the patches of all views, an upsampler that doubles their resolution `decoder_ratio` times, and a 1x1
+convolution per attribute. Modules have the published names. The oddities of the public code are kept, and commented,
+since the published weights were trained with them. `recon.grm_checkpoint` converts the published files.
 """
 
 import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
-from recon.weights import differences, read_weights
 from recon.cameras import Cameras, grid_directions, instant3d_cameras
 from recon.gaussian_splatting import Gaussians, render_views
+from recon.reconstructor import Reconstructor
+from recon.weights import differences, read_weights
 
 VIEWS = 4
-HEAD_WIDTH = 64  # channels of an attention head, and the fewest of a stage
-RECONSTRUCT_BATCH = 4  # samples at a time: bounds the memory
+HEAD_WIDTH = 64  # channels of an attention head, and the minimum of an upsampler stage
+RECONSTRUCT_BATCH = 4  # objects reconstructed at a time, which bounds the memory
 HEADS = {"depth": 1, "feature": 3, "opacity": 1, "scaling": 3, "rotation": 4}  # channels of each attribute
 SCALES = {  # raw scales -> world units, with the constants of `RenderParams`
     "exp": lambda raw, render: raw.exp(),
     "softplus": lambda raw, render: render.scale_multi_act * F.softplus(raw),
     "sigmoid": lambda raw, render: render.scale_min_act + (render.scale_max_act - render.scale_min_act) * raw.sigmoid(),
 }
-CONVERTER = "`python -m recon.grm_checkpoint SOURCE OUT`"
+CONVERTER = "python -m tools.convert_grm"
 
 
 def _require(condition, name, value, allowed):
@@ -39,13 +41,14 @@ def _require(condition, name, value, allowed):
 
 @dataclass(frozen=True)
 class VisualParams:
-    """The network (`visual.params` of a published configuration; what it says of training is not kept).
+    """The network: `visual.params` of a published configuration, without the parameters of training.
 
-    in_channels, input_res: of the images; patch_size: pixels per side of a token; layers, width: of the encoder;
-    bwindow_size, window_size: tokens that attend to each other in the encoder and in the upsampler, None = all;
-    decoder_ratio: doublings of the resolution; half_res_input: the encoder sees the images at half their size;
+    in_channels, input_res: channels and side of the images; patch_size: pixels per side of a token; layers, width: of
+    the encoder; bwindow_size, window_size: tokens that attend to each other in the encoder and in the upsampler, None =
+    all; decoder_ratio: doublings of the resolution; half_res_input: the encoder sees the images at half their size;
     scaling_activation_type, scale_offset, scale_max: how raw scales are shifted and clipped before their activation;
-    depth_std: spread of the depth's initial weights. Raises ValueError for what does not fit together."""
+    depth_std: standard deviation of the depth head's initial weights.
+    Raises ValueError if the values do not fit together."""
 
     in_channels: int
     input_res: int
@@ -95,18 +98,21 @@ class VisualParams:
             )
 
     @property
-    def shrink(self):
-        """How much smaller the encoder sees the images."""
+    def shrink(self) -> int:
+        """The factor by which images are shrunk for the encoder."""
         return 2 if self.half_res_input else 1
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
+        """Length of the encoder's sequence, all views together."""
         return VIEWS * (self.input_res // self.shrink // self.patch_size) ** 2
 
 
 @dataclass(frozen=True)
 class RenderParams:
-    """What scales mean (`render.params` of a published configuration), with the published defaults."""
+    """The meaning of scales: `render.params` of a published configuration, with the published defaults.
+
+    scaling_activation_type: one of `SCALES`, scale_*_act: its constants. Raises ValueError for impossible values."""
 
     scaling_activation_type: str = "exp"
     scale_min_act: float = 1.0
@@ -125,7 +131,7 @@ class RenderParams:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of (B, L, width), with the names of `nn.MultiheadAttention`'s weights."""
+    """Multi-head self-attention over (B, L, width), with the parameter names of `nn.MultiheadAttention`."""
 
     def __init__(self, width):
         super().__init__()
@@ -141,7 +147,7 @@ class Attention(nn.Module):
 
 class QuickGELU(nn.Module):
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)  # not the exact GELU, the approximation of CLIP
+        return x * torch.sigmoid(1.702 * x)  # CLIP's approximation of GELU
 
 
 class Block(nn.Module):
@@ -159,7 +165,7 @@ class Block(nn.Module):
         self.layernorm2 = nn.LayerNorm(width)
 
     def forward(self, x):
-        # windows are runs of the flattened sequence of all views, and the one that the roll wraps around is not masked
+        # windows are runs of the sequence of all views, and the window that the roll wraps around is not masked
         windows = self.layernorm1(x).roll(self.shift, 1).reshape(-1, self.window or x.shape[1], x.shape[2])
         x = x + self.attn(windows).reshape(x.shape).roll(-self.shift, 1)
         return x + self.mlp(self.layernorm2(x))
@@ -168,7 +174,7 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     def __init__(self, width, layers, window):
         super().__init__()
-        # every other block is rolled by half a window, so that neighbours across a border meet
+        # every other block is rolled by half a window, so that tokens on both sides of a border attend to each other
         self.resblocks = nn.Sequential(*(Block(width, window, (window or 0) // 2 * (i % 2)) for i in range(layers)))
 
     def forward(self, x):
@@ -188,7 +194,7 @@ class Encoder(nn.Module):
         self.layernorm2 = nn.LayerNorm(width)
 
     def forward(self, x):
-        # the positions are those of one view: only the Pluecker coordinates tell the views apart
+        # all views share one positional embedding: only the Pluecker coordinates tell them apart
         tokens = self.layernorm1(self.conv(x.flatten(0, 1)).flatten(2).transpose(1, 2) + self.positional_embedding)
         tokens = tokens.unflatten(0, x.shape[:2])
         return self.layernorm2(self.transformer(tokens.flatten(1, 2))).reshape(tokens.shape)
@@ -202,7 +208,7 @@ class Doubling(nn.Module):
         self.residual_fc = nn.Linear(width_in, 4 * width)
 
     def forward(self, x):
-        # the sequence of all views is laid out as one square image: pixels end up in other places than they came from
+        # the sequence of all views is reshaped to one square image, so pixels end up elsewhere than they came from
         side = math.isqrt(x.shape[1])
         image = self.residual_fc(x).transpose(1, 2).unflatten(2, (side, side))
         return F.pixel_shuffle(image, 2).flatten(2).transpose(1, 2)
@@ -215,7 +221,7 @@ class Upsampler(nn.Module):
         super().__init__()
         self.stages, self.out_channels = visual.decoder_ratio, visual.width
         for i in range(self.stages):
-            width = max(self.out_channels // 2 // HEAD_WIDTH, 1) * HEAD_WIDTH  # halves, in whole heads
+            width = max(self.out_channels // 2 // HEAD_WIDTH, 1) * HEAD_WIDTH  # half, rounded down to whole heads
             self.add_module(f"upsampler_{i}", Doubling(self.out_channels, width))
             self.add_module(f"attention_{i}", Transformer(width, 2, visual.window_size))
             self.out_channels = width
@@ -227,14 +233,14 @@ class Upsampler(nn.Module):
         return self.layernorm2(x)
 
 
-class GRM(nn.Module):
-    """visual_params: the fields of `VisualParams`; render: a dictionary of those of `RenderParams`.
+class GRM(Reconstructor):
+    """visual_params: the fields of `VisualParams`; render: a dictionary of the fields of `RenderParams`.
 
     Raises ValueError for impossible values, TypeError for unknown names."""
 
     num_views = VIEWS
 
-    def __init__(self, render=None, **visual_params):
+    def __init__(self, render: dict | None = None, **visual_params):
         super().__init__()
         self.visual, self.render_params = VisualParams(**visual_params), RenderParams(**(render or {}))
         self.input_size = self.visual.input_res
@@ -249,26 +255,19 @@ class GRM(nn.Module):
         for name, std in {"depth": self.visual.depth_std, "opacity": 0.02, "scaling": 0.02}.items():
             nn.init.normal_(self.get_submodule(f"out_layer_{name}").weight, std=std)
 
-    @property
-    def cameras(self):
-        return self.input_cameras().to(self.out_layer_depth.weight.device)
-
     @staticmethod
-    def input_cameras():
-        """Where the views stand: Instant3D's four cameras."""
+    def input_cameras() -> Cameras:
+        """Instant3D's four cameras."""
         return instant3d_cameras()
 
-    def set_dtype(self, dtype):
-        """Arithmetic of the network; geometry and activations stay in float32."""
-        return self.to(dtype)
-
-    def encode(self, images, c2w, fxfycxcy):
+    def encode(self, images: torch.Tensor, c2w: torch.Tensor, fxfycxcy: torch.Tensor) -> dict[str, torch.Tensor]:
         """Raw Gaussians, one per pixel, view by view, row by row: N = 4 S^2 with S = input_res.
 
         images: (B, 4, in_channels, S, S) in [-1, 1]; c2w: (B, 4, 4, 4); fxfycxcy: (B, 4, 4), both as in `Cameras`.
-        Returns a dictionary of float32: plucker (B, 4, 6, S, S) (S/2 with half_res_input), tokens (B, 4, n, width),
-        depth (B, 4, S, S) along the optical axes, xyz (B, N, 3) in the world, and, before their activations, feature
-        (B, N, 3), opacity (B, N, 1), scaling (B, N, 3), rotation (B, N, 4). Raises ValueError for other shapes."""
+        Returns a dictionary of float32 tensors: plucker (B, 4, 6, S, S) (S/2 with half_res_input), tokens (B, 4, n,
+        width), depth (B, 4, S, S) along the optical axes, xyz (B, N, 3) in the world, and, before their activations,
+        feature (B, N, 3), opacity (B, N, 1), scaling (B, N, 3), rotation (B, N, 4). Raises ValueError for other shapes.
+        """
         B, size, visual = len(images), self.input_size, self.visual
         shapes = {
             "images": (images, (B, VIEWS, visual.in_channels, size, size)),
@@ -278,8 +277,8 @@ class GRM(nn.Module):
         for name, (tensor, shape) in shapes.items():
             if tensor.shape != shape:
                 raise ValueError(
-                    f"GRM was given {name} of shape {tuple(tensor.shape)} and takes {shape}: resize the "
-                    f"views to its input_size and give one camera for each."
+                    f"GRM was given {name} of shape {tuple(tensor.shape)} but takes {shape}: resize the views to its "
+                    f"input_size and give one camera for each."
                 )
         cameras = Cameras(c2w.float(), fxfycxcy.float())
         images = images.float()
@@ -290,7 +289,7 @@ class GRM(nn.Module):
         raw = self._heads(tokens)
         position = cameras.c2w[..., :3, 3]
         depth = raw["depth"].reshape(B, VIEWS, -1, 1) + position.norm(dim=-1)[..., None, None]
-        # no offset at all, unlike Pluecker's: corner pixels are the corners of the image, the axis passes its middle
+        # no offset of half a pixel: corner pixels lie on the corners of the image, the optical axis passes its centre
         xyz = position[..., None, :] + depth * grid_directions(cameras, torch.linspace(0, 1, size, device=depth.device))
         return {
             **raw,
@@ -299,20 +298,20 @@ class GRM(nn.Module):
             "depth": depth.reshape(B, VIEWS, size, size),
             "xyz": xyz.flatten(1, 2),
             "scaling": self._clip_scales(raw["scaling"]),
-            "opacity": raw["opacity"] - 2,  # an untrained network's Gaussians are nearly transparent
+            "opacity": raw["opacity"] - 2,  # the Gaussians of an untrained network are nearly transparent
         }
 
     def _plucker(self, cameras):
-        """(..., V, 6, S, S): origin x direction and unit direction of every pixel that the encoder sees."""
+        """Origin x direction and unit direction of the ray of every pixel that the encoder sees: (..., V, 6, S, S)."""
         size = self.input_size // self.visual.shrink
-        # the offset is half an image where half a pixel is usual: the optical axis passes the top left pixel
+        # the offset is half an image where half a pixel is usual, so the optical axis passes the top left pixel
         direction = grid_directions(cameras, torch.linspace(0, 1, size, device=cameras.c2w.device) + 0.5)
         direction = F.normalize(direction, dim=-1)
         moment = torch.linalg.cross(cameras.c2w[..., None, :3, 3].expand_as(direction), direction)
         return torch.cat([moment, direction], -1).transpose(-1, -2).unflatten(-1, (size, size))
 
     def _heads(self, tokens):
-        """tokens (B, 4, n, width) -> what each of `HEADS` says of every pixel, float32 (B, N, channels)."""
+        """The raw attributes of `HEADS` for every pixel, float32 (B, N, channels), of tokens (B, 4, n, width)."""
         features = tokens.flatten(1, 2)
         if self.visual.decoder_ratio:
             features = self.gaussian_upsampler(features)
@@ -325,19 +324,19 @@ class GRM(nn.Module):
         return raw
 
     def _clip_scales(self, raw):
-        """Raw scales (..., 3), kept from growing without bound where their activation has none."""
+        """Raw scales (..., 3), shifted, and clipped if their activation is unbounded."""
         if self.visual.scaling_activation_type == "sigmoid":
             return raw
         offset = self.visual.scale_offset if self.visual.scaling_activation_type == "exp" else 0
         return (raw + offset).clamp(max=self.visual.scale_max)
 
-    def gaussians(self, views, cameras):
+    def gaussians(self, views: torch.Tensor, cameras: Cameras) -> torch.Tensor:
         """Activated Gaussians (B, N, 14), view by view, row by row: position 3, opacity 1, scale 3, unit quaternion 4
         (w, x, y, z), colour 3. Those outside the box (-1, 1)^3, which the public code removes, have opacity 0.
 
-        views: (B, 4, 3, S, S) in [0, 1] on white, S = input_size; cameras: of 4 or (B, 4) views.
+        views: (B, 4, 3, S, S) in [0, 1] on white, S = input_size; cameras: 4 or (B, 4).
         Raises ValueError for other shapes."""
-        cameras = cameras.expand(len(views)) if cameras.c2w.ndim == 3 else cameras
+        cameras = cameras.expand(len(views))
         raw = self.encode(2 * views - 1, cameras.c2w, cameras.fxfycxcy)
         inside = (raw["xyz"].abs() < 1).all(-1, keepdim=True)
         return torch.cat(
@@ -352,17 +351,17 @@ class GRM(nn.Module):
         )
 
     @torch.no_grad()
-    def reconstruct(self, views, cameras):
-        """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size -> Gaussians of B scenes."""
-        return Gaussians.from_packed(
-            torch.cat([self.gaussians(part, cameras) for part in views.split(RECONSTRUCT_BATCH)])
-        )
+    def reconstruct(self, views: torch.Tensor, cameras: Cameras) -> Gaussians:
+        """views: (B, 4, 3, S, S) in [0, 1] on white, S = input_size; cameras: 4 or (B, 4).
 
-    def render(self, scene, cameras, size):
-        """Pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size, size)."""
+        Raises ValueError for other shapes."""
+        parts = zip(views.split(RECONSTRUCT_BATCH), cameras.expand(len(views)).split(RECONSTRUCT_BATCH), strict=True)
+        return Gaussians.from_packed(torch.cat([self.gaussians(*part) for part in parts]))
+
+    def render(self, scene: Gaussians, cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return render_views(scene, cameras, size)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, the weights in the precision that they have."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -372,16 +371,19 @@ class GRM(nn.Module):
         save_file(weights, folder / "model.safetensors")
 
     @classmethod
-    def from_weights(cls, weights, config, source):
-        """The model of `config`, {"visual": {...}, "render": {...}}, with `weights`, {published name: tensor}, as they
-        are. Raises ValueError that names `source`, if the configuration is not one of GRM, or that lists which weights
-        are missing, unknown or of another shape."""
+    def from_weights(cls, weights: dict[str, torch.Tensor], config: dict[str, dict], source: str | Path) -> Self:
+        """The model of `config`, {"visual": {...}, "render": {...}}, with `weights`, {published name: tensor}, in the
+        precision that they have.
+
+        source: what messages call the two. Raises ValueError if the configuration is not that of a GRM, or with a list
+        of the weights that are missing, unknown or of another shape."""
         try:
             with torch.device("meta"):
                 model = cls(render=config["render"], **config["visual"])
         except (KeyError, TypeError) as error:
             raise ValueError(
-                f"{source} has no complete configuration of a GRM ({error}): make it anew with {CONVERTER}."
+                f"{source} has no complete configuration of a GRM ({error}): convert a published file with "
+                f"`{CONVERTER} SOURCE OUT`."
             ) from error
         found = differences(weights, {key: value.shape for key, value in model.state_dict().items()})
         if found:
@@ -393,24 +395,27 @@ class GRM(nn.Module):
         return model
 
     @classmethod
-    def from_pretrained(cls, folder):
+    def from_pretrained(cls, checkpoint: str | Path) -> Self:
         """The model of a folder that `recon.grm_checkpoint` wrote, in float32.
 
         Raises FileNotFoundError or ValueError with one sentence."""
-        folder, source = Path(folder), f"recon.checkpoint = {str(folder)!r}"
+        folder, source = Path(checkpoint), f"recon.checkpoint = {str(checkpoint)!r}"
         if folder.is_file():
             raise ValueError(
-                f"{source} is a file, and GRM is read from a folder: convert it once with "
-                f"`python -m recon.grm_checkpoint {folder} OUT` and give OUT."
+                f"{source} is a file, and GRM is read from a folder: convert the file once with "
+                f"`{CONVERTER} {folder} OUT` and give OUT."
             )
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(
-                    f"{source} has no {name}: give the folder that {CONVERTER} makes of a published GRM."
+                    f"{source} has no {name}: give a folder OUT that `{CONVERTER} SOURCE OUT` has made."
                 )
         try:
             config = json.loads((folder / "config.json").read_text())
         except json.JSONDecodeError as error:
-            raise ValueError(f"{source} could not be read ({error}): make it anew with {CONVERTER}.") from error
+            raise ValueError(
+                f"{folder / 'config.json'} could not be read ({error}): convert a published file with "
+                f"`{CONVERTER} SOURCE OUT`."
+            ) from error
         weights = read_weights(folder / "model.safetensors")
         return cls.from_weights(weights, config, source).float().eval()

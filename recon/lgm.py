@@ -1,17 +1,24 @@
-"""LGM (Tang et al. 2024): four posed views in, one 3D Gaussian per output pixel out. Module and weights have the
-published names, so that the public checkpoint loads as it is."""
+"""LGM (Tang et al. 2024, "LGM: Large Multi-View Gaussian Model for High-Resolution 3D Content Creation"): four posed
+views in, one 3D Gaussian per output pixel out.
+
+A U-Net whose attention layers look at all four views. Modules have the published names, so that the public checkpoint
+loads as it is.
+"""
 
 import hashlib
+from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from recon.weights import differences, find_file, read_weights
-from recon.cameras import from_lgm_axes, lgm_pluecker, mvdream_cameras
+from recon.cameras import Cameras, from_lgm_axes, lgm_pluecker, mvdream_cameras
 from recon.gaussian_splatting import Gaussians, render_views
+from recon.reconstructor import Reconstructor
+from recon.weights import differences, find_file, read_weights
 
-OPTIONS = {
+OPTIONS = {  # the presets of the public code
     "big": dict(
         down_channels=(64, 128, 256, 512, 1024, 1024),
         down_attention=(False, False, False, True, True, True),
@@ -34,13 +41,13 @@ OPTIONS = {
         splat_size=64,
     ),
 }
-PUBLISHED = "model_fp16_fixrot.safetensors"
+PUBLISHED = "model_fp16_fixrot.safetensors"  # of the hub id ashawkey/LGM, option "big"
 PUBLISHED_SHA256 = "744d6324656342c64f871308e73db97f0eb51858d94329b30090e986a6d050ab"
 VIEWS = 4
 COLOUR_MEAN, COLOUR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
-RECONSTRUCT_BATCH = 4  # samples at a time: bounds the memory
-RESIDUAL_SCALE = 0.5**0.5  # after every residual sum, so that its variance stays
-HEADS = 16
+RECONSTRUCT_BATCH = 4  # objects reconstructed at a time, which bounds the memory
+RESIDUAL_SCALE = 0.5**0.5  # keeps the variance of a residual sum
+HEADS = 16  # of every attention layer
 
 
 class ResBlock(nn.Module):
@@ -83,8 +90,8 @@ class ViewAttention(nn.Module):
         return (tokens.transpose(2, 3).reshape(x.shape) + x) * RESIDUAL_SCALE
 
 
-def attentions(width, count, wanted):
-    return nn.ModuleList(ViewAttention(width) if wanted else None for _ in range(count))
+def attentions(width, count, enabled):
+    return nn.ModuleList(ViewAttention(width) if enabled else None for _ in range(count))
 
 
 class DownBlock(nn.Module):
@@ -137,7 +144,7 @@ class UpBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """(B V, 9, H, W) -> (B V, 14, splat, splat)."""
+    """(B V, 9, H, W) -> (B V, 14, h, w) with h = H / 2^(len(down_channels) - len(up_channels)), and w alike."""
 
     def __init__(self, down_channels, down_attention, mid_attention, up_channels, up_attention):
         super().__init__()
@@ -149,7 +156,10 @@ class UNet(nn.Module):
         )
         self.mid_block = MidBlock(down_channels[-1], mid_attention)
         below = (down_channels[-1], *up_channels)
-        skips = [*reversed(down_channels[:-1]), down_channels[0]]  # what the block one level up put aside
+        skips = [
+            *reversed(down_channels[:-1]),
+            down_channels[0],
+        ]  # channels that the level above left for its last block
         self.up_blocks = nn.ModuleList(
             UpBlock(below[i], skips[i], width, up_attention[i], i < len(up_channels) - 1)
             for i, width in enumerate(up_channels)
@@ -168,22 +178,22 @@ class UNet(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
-class LGM(nn.Module):
-    """down_channels, up_channels, ...: one of `OPTIONS`, "big" by default, whose public file is `PUBLISHED`.
-
-    LGM was trained on objects inside the box [-1, 1]^3 that fill most of a white view, from a level camera."""
+class LGM(Reconstructor):
+    """input_size: side of the input views in pixels; splat_size: of the output, one Gaussian per pixel and view;
+    mid_attention, down_channels, ...: of the U-Net, one of `OPTIONS`, by default "big", whose public file is
+    `PUBLISHED`."""
 
     num_views = VIEWS
 
     def __init__(
         self,
-        input_size=256,
-        mid_attention=True,
-        splat_size=128,
-        down_channels=OPTIONS["big"]["down_channels"],
-        down_attention=OPTIONS["big"]["down_attention"],
-        up_channels=OPTIONS["big"]["up_channels"],
-        up_attention=OPTIONS["big"]["up_attention"],
+        input_size: int = 256,
+        mid_attention: bool = True,
+        splat_size: int = 128,
+        down_channels: tuple[int, ...] = OPTIONS["big"]["down_channels"],
+        down_attention: tuple[bool, ...] = OPTIONS["big"]["down_attention"],
+        up_channels: tuple[int, ...] = OPTIONS["big"]["up_channels"],
+        up_attention: tuple[bool, ...] = OPTIONS["big"]["up_attention"],
     ):
         super().__init__()
         self.input_size, self.splat_size = input_size, splat_size
@@ -191,19 +201,16 @@ class LGM(nn.Module):
         self.conv = nn.Conv2d(14, 14, 1)
 
     @staticmethod
-    def input_cameras():
-        """Where the views stand: elevation 0, every 90 degrees, radius 1.5, field of view 49.1 degrees, the first where
-        MVDream's view of azimuth 90 is."""
+    def input_cameras() -> Cameras:
+        """Azimuths 0, 90, 180 and 270 degrees (MVDream's 90, 180, 270 and 0), elevation 0, radius 1.5, field of view
+        49.1 degrees."""
         return mvdream_cameras(elevation=0.0, azimuth_start=90.0)
 
-    @property
-    def cameras(self):
-        return self.input_cameras().to(self.conv.weight.device)
+    def gaussians(self, x: torch.Tensor) -> torch.Tensor:
+        """Activated Gaussians (B, N, 14) in LGM's axes, N = 4 splat_size^2, view by view, row by row: position 3,
+        opacity 1, scale 3, unit quaternion 4 (w, x, y, z), colour 3.
 
-    def gaussians(self, x):
-        """x (B, 4, 9, H, W): normalised colours and Pluecker coordinates -> activated Gaussians (B, N, 14) in LGM's
-        axes, N = 4 splat_size^2, view by view, row by row: position, opacity, scale, quaternion (w, x, y, z),
-        colour."""
+        x: (B, 4, 9, H, W), see `network_input`."""
         raw = self.conv(self.unet(x.flatten(0, 1)))
         raw = raw.unflatten(0, x.shape[:2]).permute(0, 1, 3, 4, 2).flatten(1, 3).float()
         return torch.cat(
@@ -217,37 +224,37 @@ class LGM(nn.Module):
             -1,
         )
 
-    def network_input(self, views, cameras):
-        """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size, cameras of 4 (or (B, 4)) views -> x (B, 4, 9, S, S)
-        of `gaussians`. Raises ValueError for other shapes."""
+    def network_input(self, views: torch.Tensor, cameras: Cameras) -> torch.Tensor:
+        """Colours, normalised by ImageNet's statistics, and Pluecker coordinates of every pixel: (B, 4, 9, S, S).
+
+        views: (B, 4, 3, S, S) in [0, 1] on white, S = input_size; cameras: 4 or (B, 4). Raises ValueError for views of
+        another shape."""
         if views.shape[1:] != (VIEWS, 3, self.input_size, self.input_size):
             raise ValueError(
-                f"LGM was given views of shape {tuple(views.shape)} and takes (B, {VIEWS}, 3, {self.input_size}, "
+                f"LGM was given views of shape {tuple(views.shape)} but takes (B, {VIEWS}, 3, {self.input_size}, "
                 f"{self.input_size}): resize the views to its input_size and give all four."
             )
         mean, std = (views.new_tensor(values)[:, None, None] for values in (COLOUR_MEAN, COLOUR_STD))
         pluecker = lgm_pluecker(cameras, views.shape[-1])
         return torch.cat([(views - mean) / std, pluecker.expand(len(views), -1, -1, -1, -1)], 2)
 
-    def set_dtype(self, dtype):
-        """Arithmetic of the network; activations, geometry and rendering stay in float32."""
-        return self.to(dtype)
-
     @torch.no_grad()
-    def reconstruct(self, views, cameras):
-        """views (B, 4, 3, S, S) in [0, 1] on white, S = input_size -> Gaussians of B scenes."""
+    def reconstruct(self, views: torch.Tensor, cameras: Cameras) -> Gaussians:
+        """views: (B, 4, 3, S, S) in [0, 1] on white, S = input_size; cameras: 4 or (B, 4).
+
+        Raises ValueError for views of another shape."""
         x = self.network_input(views.float(), cameras).to(self.conv.weight.dtype)
         packed = torch.cat([self.gaussians(part) for part in x.split(RECONSTRUCT_BATCH)])
         positions, quaternions = from_lgm_axes(packed[..., :3], packed[..., 7:11])
         return Gaussians.from_packed(torch.cat([positions, packed[..., 3:7], quaternions, packed[..., 11:]], -1))
 
-    def render(self, scene, cameras, size):
-        """Pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size, size)."""
+    def render(self, scene: Gaussians, cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         return render_views(scene, cameras, size)
 
     @classmethod
-    def from_pretrained(cls, checkpoint):
-        """A file with weights of one of `OPTIONS`, a folder that holds `PUBLISHED`, or a hub id such as "ashawkey/LGM".
+    def from_pretrained(cls, checkpoint: str | Path) -> Self:
+        """A file with the weights of one of `OPTIONS`, a folder that holds `PUBLISHED`, or a hub id such as
+        "ashawkey/LGM".
 
         Raises FileNotFoundError or ValueError with one sentence if it is none of these, incomplete or damaged."""
         file = find_file(checkpoint, PUBLISHED, "as recon.checkpoint the file, its folder, or the hub id ashawkey/LGM")

@@ -1,39 +1,51 @@
-"""A coloured mesh of a radiance field, for programs that know nothing of radiance fields."""
+"""Coloured meshes of radiance fields, for programs that cannot render the fields themselves."""
+
+from pathlib import Path
 
 import numpy as np
 import torch
 from skimage.measure import marching_cubes
 
-DENSITY = 10.0  # per unit length: where the surface of a field is taken to be
-POINTS = 65536  # evaluated at a time
+from recon.volume_rendering import RadianceField
+
+DENSITY = 10.0  # per unit length, of the level set that is taken as the surface
+POINTS = 65536  # evaluated at a time, which bounds the memory
 
 
 @torch.no_grad()
-def extract_mesh(field, resolution=128, density=DENSITY, device=None):
-    """Marching cubes in the box [-1, 1]^3: vertices (N, 3), faces (M, 3) int, colours (N, 3) in [0, 1], numpy.
+def extract_mesh(
+    field: RadianceField,
+    resolution: int = 128,
+    density: float = DENSITY,
+    device: str | torch.device | None = None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The level set of a radiance field in the box [-1, 1]^3, by marching cubes (Lorensen and Cline 1987).
 
-    field: points (1, P, 3) -> density (1, P) per unit length, colour (1, P, 3). Raises ValueError if nothing in the box
-    is so dense."""
+    field: of one scene on `device`, such as a reconstructor's `radiance_field(scene)`. resolution: points per side of
+    the box; density: of the level set.
+    Returns vertices (N, 3), faces (M, 3) counter-clockwise seen from outside, and the vertices' colours (N, 3) in
+    [0, 1]. Raises ValueError if nothing in the box is that dense."""
     axis = torch.linspace(-1, 1, resolution, device=device)
     points = torch.stack(torch.meshgrid(axis, axis, axis, indexing="ij"), -1).reshape(-1, 3)
     grid = torch.cat([field(part[None])[0][0] for part in points.split(POINTS)]).reshape([resolution] * 3).cpu().numpy()
-    # the border is empty, so that what touches it is closed there
+    # an empty border closes the surfaces that reach it
     grid[[0, -1]] = grid[:, [0, -1]] = grid[:, :, [0, -1]] = 0
     if grid.max() <= density:
         raise ValueError(
-            f"the densest point of the scene has {grid.max():.2f}, below the {density} of a surface: nothing was "
+            f"the scene's highest density is {grid.max():.2f}, below the {density} of a surface: nothing was "
             f"reconstructed; look at the views."
         )
     spacing = [2 / (resolution - 1)] * 3
-    vertices, faces, _, _ = marching_cubes(grid, density, spacing=spacing, gradient_direction="ascent")  # look outwards
+    # "ascent" orients the faces outwards
+    vertices, faces, _, _ = marching_cubes(grid, density, spacing=spacing, gradient_direction="ascent")
     vertices = vertices.astype(np.float32) - 1
     corners = torch.from_numpy(vertices).to(device)
     colours = torch.cat([field(part[None])[1][0] for part in corners.split(POINTS)]).clamp(0, 1).cpu().numpy()
     return vertices, faces, colours
 
 
-def save_mesh_ply(file, vertices, faces, colours):
-    """Write a binary .ply with colours of the vertices in 8 bits; shapes as `extract_mesh` returns them."""
+def save_mesh_ply(file: str | Path, vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray) -> None:
+    """Write a binary PLY file with 8-bit vertex colours; shapes and ranges as `extract_mesh` returns them."""
     vertex = np.empty(
         len(vertices), [(name, "<f4") for name in "xyz"] + [(name, "u1") for name in ("red", "green", "blue")]
     )

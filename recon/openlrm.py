@@ -1,32 +1,52 @@
-"""OpenLRM (He and Wang 2023, version 1.1), the open LRM (Hong et al. 2024): one posed view in, a triplane NeRF out.
+"""OpenLRM (He and Wang 2023, version 1.1), an open LRM (Hong et al. 2024): one posed view in, a triplane NeRF out.
 
-A fixed set of triplane tokens looks at the view's DINOv2 features through cross-attention, told the camera by
-modulated normalisation. Names and shapes were read from the published checkpoints; the rendering settings are those
-that they were trained with. The published weights are for research only (CC BY-NC 4.0).
+Learned triplane tokens attend to the view's DINOv2 features and are conditioned on its camera by modulated
+normalisation. Names and shapes are those of the published checkpoints, and the rendering settings those of their
+training. The published weights are for research only (CC BY-NC 4.0).
+
+OpenLRM sees one view at a time, which makes it a weak judge of multi-view consistency: `reconstruct` makes one scene of
+each of the first K = `input_views` views, and `compare` measures how well every scene predicts the other views. Scene i
+seen from the camera of view j, compared with view j, measures consistency for i != j only: at its own camera a scene is
+nearly a copy of its view, whatever the other views show.
+
+No scene has to satisfy two views at once, so this is weaker than what a reconstructor of all views measures. What view
+i does not show is guessed from the training data, the opposite view almost entirely, and a consistent view that differs
+from the guess is penalised. Objects whose hidden sides are easy to guess (symmetric, plain, common) are favoured. Use
+it to compare samples of one prompt; it is not an absolute measure.
 """
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
-from recon.weights import find_file, read_weights
-from recon.cameras import Cameras, instant3d_cameras, openlrm_canonical_cameras, openlrm_source_vectors
+from recon.cameras import (
+    Cameras,
+    instant3d_cameras,
+    openlrm_canonical_cameras,
+    openlrm_canonical_transform,
+    openlrm_source_vectors,
+)
 from recon.openlrm_checkpoint import convert_openlrm
+from recon.reconstructor import Reconstructor
 from recon.volume_rendering import (
+    RadianceField,
     TriplaneDecoder,
     blurred_importance_depths,
     render_images,
     render_rays,
     triplane_field,
 )
+from recon.weights import find_file, read_weights
 
-ENCODERS = {  # the patch size is 14, the positions are those of images of 518 x 518
+ENCODERS = {  # with patches of 14 x 14 pixels and positions for images of 518 x 518
     "dinov2_vits14_reg": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6),
     "dinov2_vitb14_reg": dict(hidden_size=768, num_hidden_layers=12, num_attention_heads=12),
 }
@@ -65,15 +85,15 @@ OPTIONS = {  # the config.json of openlrm-obj-*-1.1 and openlrm-mix-*-1.1
         rendering_samples_per_ray=128,
     ),
 }
-INPUT_SIZES = {512: 224, 768: 336, 1024: 448}  # pixels, by transformer_dim: no published config.json says it
-RECONSTRUCT_BATCH = 8  # views reconstructed at a time: bounds the memory
-POINTS = 2**18  # points of a scene decoded at a time: bounds the memory
-CAMERA_NUMBERS = 16
+INPUT_SIZES = {512: 224, 768: 336, 1024: 448}  # pixels, by transformer_dim: not in the published config.json
+RECONSTRUCT_BATCH = 8  # views reconstructed at a time, which bounds the memory
+POINTS = 2**18  # points of a scene decoded at a time, which bounds the memory
+CAMERA_NUMBERS = 16  # see `openlrm_source_vectors`
 
 
 class ModulatedNorm(nn.Module):
-    """LayerNorm with shift and scale from a condition: (B, L, width), (B, condition) -> (B, L, width). DiT's adaLN
-    (Peebles and Xie 2023)."""
+    """LayerNorm of (B, L, width) whose shift and scale depend on a condition (B, condition): the adaLN of DiT (Peebles
+    and Xie 2023)."""
 
     def __init__(self, width, condition):
         super().__init__()
@@ -86,7 +106,7 @@ class ModulatedNorm(nn.Module):
 
 
 class Block(nn.Module):
-    """Triplane tokens (B, L, width) look at image features (B, N, features), then at each other."""
+    """Triplane tokens (B, L, width) attend to image features (B, N, features), then to each other."""
 
     def __init__(self, width, heads, features, condition):
         super().__init__()
@@ -120,52 +140,49 @@ class Transformer(nn.Module):
 
 @dataclass(frozen=True)
 class SingleViewScenes:
-    """What K views of each of B samples look like in 3D, one scene a view.
+    """The 3D scenes of K single views of each of B objects, one scene per view.
 
-    planes: (B, K, 3, C, H, W), see `volume_rendering.Triplane`, each in the world of its own source camera
-    (`cameras.openlrm_canonical_cameras`); sources: Cameras (B, K), in the common world."""
+    planes: (B, K, 3, C, H, W), see `volume_rendering.Triplane`, each in the world of its own source camera, see
+    `cameras.openlrm_canonical_transform`; sources: Cameras (B, K) of the views in the common world."""
 
     planes: torch.Tensor
     sources: Cameras
 
-    def __len__(self):
+    def __len__(self) -> int:
+        """B, the number of objects."""
         return len(self.planes)
 
 
-class OpenLRM(nn.Module):
-    """Arguments: those of a published config.json, see `OPTIONS`; its `encoder_freeze` is about training and changes
-    nothing here. input_size: side of the input view in pixels, None = the published one. encoder_overrides: entries of
-    the encoder's Dinov2WithRegistersConfig that differ from the named one's.
+class OpenLRM(Reconstructor):
+    """Arguments: those of a published config.json, see `OPTIONS`; its `encoder_freeze` only concerns training.
+    input_size: side of the input views in pixels, None = the published one. encoder_overrides: entries of the encoder's
+    Dinov2WithRegistersConfig that differ from those of `encoder_model_name`. Raises ValueError if they do not fit
+    together.
 
-    OpenLRM sees one view at a time: `reconstruct` makes one scene of each of the first `input_views` views, and
-    `render` shows each scene from all cameras. The scene of view i, seen from the camera of view j, against view j
-    measures whether j is what i leads one to expect. That speaks of consistency for i != j only; i = j is nearly a copy
-    of the input, whatever the other views show. And no scene ever has to satisfy two views at once, so this is weaker
-    than what a reconstructor of all views measures: what i does not show is guessed from training, of the opposite view
-    nearly everything, and a consistent view that differs from the guess is blamed. Objects whose hidden sides are easy
-    to guess (symmetric, plain, common) are favoured. Compare samples of one prompt by it; it is no absolute measure.
+    input_views: K, the number of views that scenes are made of, from the first on; config.recon.input_views.
 
-    Rendering is deterministic, so that the same views always get the same pictures: depths in the middle of their bins
-    and evenly spaced inverse-CDF samples, where training drew both at random."""
+    Rendering is deterministic, so that equal views always get equal renders: depths in the middle of their bins and
+    evenly spaced inverse-CDF samples, where training drew both at random."""
 
     num_views = 4
+    input_views = 4
 
     def __init__(
         self,
-        camera_embed_dim,
-        transformer_dim,
-        transformer_layers,
-        transformer_heads,
-        triplane_low_res,
-        triplane_high_res,
-        triplane_dim,
-        encoder_feat_dim,
-        encoder_model_name,
-        rendering_samples_per_ray,
-        encoder_type="dinov2",
-        encoder_freeze=False,
-        input_size=None,
-        encoder_overrides=None,
+        camera_embed_dim: int,
+        transformer_dim: int,
+        transformer_layers: int,
+        transformer_heads: int,
+        triplane_low_res: int,
+        triplane_high_res: int,
+        triplane_dim: int,
+        encoder_feat_dim: int,
+        encoder_model_name: str,
+        rendering_samples_per_ray: int,
+        encoder_type: str = "dinov2",
+        encoder_freeze: bool = False,
+        input_size: int | None = None,
+        encoder_overrides: dict | None = None,
     ):
         super().__init__()
         if encoder_type != "dinov2" or encoder_model_name not in ENCODERS:
@@ -191,9 +208,8 @@ class OpenLRM(nn.Module):
             )
         self.input_size = input_size or INPUT_SIZES[transformer_dim]
         self.side, self.samples = triplane_low_res, rendering_samples_per_ray
-        self.input_views, self.chunk_size = self.num_views, 65536
         self.encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**encoder))
-        self.encoder.embeddings.mask_token = None  # of pretraining only
+        self.encoder.embeddings.mask_token = None  # for pretraining only
         self.camera_embedder = nn.Sequential(
             nn.Linear(CAMERA_NUMBERS, camera_embed_dim), nn.SiLU(), nn.Linear(camera_embed_dim, camera_embed_dim)
         )
@@ -205,37 +221,39 @@ class OpenLRM(nn.Module):
         self.decoder = TriplaneDecoder(3 * triplane_dim)
 
     @staticmethod
-    def input_cameras():
-        """Where the views stand: Instant3D's four cameras. OpenLRM is told its view's camera, which must look at the
-        origin; its own default is at distance 2 with a focal length of 0.75 (67.4 degrees)."""
+    def input_cameras() -> Cameras:
+        """Instant3D's four cameras. OpenLRM is conditioned on the camera of its view, which must look at the origin;
+        the default of the published code is at distance 2 with a focal length of 0.75 (67.4 degrees)."""
         return instant3d_cameras()
 
-    @property
-    def cameras(self):
-        return self.input_cameras().to(self.pos_embed.device)
+    @classmethod
+    def from_config(cls, config) -> Self:
+        model = super().from_config(config)
+        model.input_views = config.input_views
+        return model
 
-    def features(self, image):
-        """image (B, 3, H, W) in [0, 1], not normalised further, sides multiples of 14 -> (B, 1 + H W / 14^2, features):
-        class token and patches."""
+    def features(self, image: torch.Tensor) -> torch.Tensor:
+        """Class token and patch features (B, 1 + H W / 14^2, features) of image (B, 3, H, W) in [0, 1], which is not
+        normalised any further; H and W are multiples of 14."""
         tokens = self.encoder(image.to(self.pos_embed.dtype)).last_hidden_state
         return torch.cat([tokens[:, :1], tokens[:, 1 + self.encoder.config.num_register_tokens :]], 1)
 
-    def tokens(self, image, source_camera):
-        """image (B, 3, H, W), source_camera (B, 16) -> triplane tokens (B, 3 side^2, width), plane by plane, row by
-        row."""
+    def tokens(self, image: torch.Tensor, source_camera: torch.Tensor) -> torch.Tensor:
+        """Triplane tokens (B, 3 side^2, width), plane by plane, row by row; arguments as for `planes`."""
         condition = self.camera_embedder(source_camera.to(self.pos_embed.dtype))
         return self.transformer(self.pos_embed.expand(len(image), -1, -1), self.features(image), condition)
 
-    def planes(self, image, source_camera):
-        """image (B, 3, H, W) in [0, 1] on white, source_camera (B, 16), see `openlrm_source_vectors` ->
-        (B, 3, C, 2 side, 2 side)."""
+    def planes(self, image: torch.Tensor, source_camera: torch.Tensor) -> torch.Tensor:
+        """Planes (B, 3, C, 2 side, 2 side) of image (B, 3, H, W) in [0, 1] on white.
+
+        source_camera: (B, 16), see `openlrm_source_vectors`."""
         tokens = self.tokens(image, source_camera).unflatten(1, (3, self.side, self.side))
         planes = self.upsampler(tokens.flatten(0, 1).permute(0, 3, 1, 2))
         return planes.unflatten(0, (len(image), 3))
 
-    def field(self, planes):
-        """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> raw density (B, P), -inf outside the box,
-        and colour (B, P, 3)."""
+    def field(self, planes: torch.Tensor) -> RadianceField:
+        """The radiance field of planes (B, 3, C, H, W), in their own world, with raw densities, to be activated after
+        interpolation (see `volume_rendering.composite`); -inf outside the box."""
         everywhere = triplane_field(planes, self.decoder.raw, POINTS)
 
         def evaluate(points):
@@ -244,11 +262,36 @@ class OpenLRM(nn.Module):
 
         return evaluate
 
-    def render_rays(self, planes, origins, directions, fine=True, jitter=0.5, u=None, background=1.0):
-        """Colour (B, R, 3) and alpha (B, R) of the rays origins, directions (B, R, 3) through planes (B, 3, C, H, W).
+    def radiance_field(self, scene: SingleViewScenes) -> RadianceField:
+        """The radiance field of the scene that `render` shows, in the common world; see `Reconstructor`.
 
+        Raises ValueError if there is more than one object."""
+        if len(scene) != 1:
+            raise ValueError(f"a radiance field is that of one object and the scene holds {len(scene)}; choose one")
+        to_source = openlrm_canonical_transform(scene.sources[0])[:, 0]
+        field = self.field(scene.planes[:, 0])
+
+        def evaluate(points):
+            raw, colour = field(points @ to_source[:, :3, :3].transpose(1, 2) + to_source[:, None, :3, 3])
+            return self.decoder.density(raw), colour
+
+        return evaluate
+
+    def render_rays(
+        self,
+        planes: torch.Tensor,
+        origins: torch.Tensor,
+        directions: torch.Tensor,
+        fine: bool = True,
+        jitter: torch.Tensor | float = 0.5,
+        u: torch.Tensor | None = None,
+        background: float = 1.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Colour (B, R, 3) and alpha (B, R) of rays through planes (B, 3, C, H, W), in the planes' own world.
+
+        origins, directions: (B, R, 3).
         fine: spend the second half of the samples where the first half found matter; jitter, u: as for
-        `volume_rendering.render_rays`, with u from 0 to 1 where None."""
+        `volume_rendering.render_rays`, but u is evenly spaced from 0 to 1 inclusive if None."""
         half = self.samples // 2
         return render_rays(
             self.field(planes),
@@ -264,24 +307,24 @@ class OpenLRM(nn.Module):
             background=background,
         )
 
-    def set_dtype(self, dtype):
-        """Arithmetic of encoder and transformer; decoder, geometry and compositing stay in float32."""
+    def set_dtype(self, dtype: torch.dtype) -> Self:
+        """Set the precision of encoder and transformer. Decoder, geometry and compositing stay in float32."""
         for network in (self.encoder, self.camera_embedder, self.transformer, self.upsampler):
             network.to(dtype)
         self.pos_embed.data = self.pos_embed.data.to(dtype)
         return self
 
     @torch.no_grad()
-    def reconstruct(self, views, cameras):
-        """views (B, V, 3, S, S) in [0, 1] on white, cameras of V (or (B, V)) views that look at the origin ->
-        SingleViewScenes of the first `input_views`.
+    def reconstruct(self, views: torch.Tensor, cameras: Cameras) -> SingleViewScenes:
+        """The scenes of the first K = `input_views` views, one by one.
 
-        Raises ValueError if there are fewer views than that."""
+        views: (B, V, 3, S, S) in [0, 1] on white, of any size; cameras: V or (B, V) that look at the origin.
+        Raises ValueError if there are fewer than K views."""
         B, V = views.shape[:2]
         K = self.input_views
         if not 1 <= K <= V:
             raise ValueError(f"recon.input_views = {K}, but there are {V} views: choose 1 to {V}.")
-        cameras = (cameras.expand(B) if cameras.c2w.ndim == 3 else cameras)[:K].to(views.device)
+        cameras = cameras.expand(B)[:K].to(views.device)
         one_by_one = Cameras(cameras.c2w.flatten(0, 1)[:, None], cameras.fxfycxcy.flatten(0, 1)[:, None])
         vectors = openlrm_source_vectors(openlrm_canonical_cameras(one_by_one, one_by_one))[:, 0]
         images = resize_input(views[:, :K].flatten(0, 1).float(), self.input_size)
@@ -289,25 +332,51 @@ class OpenLRM(nn.Module):
         planes = torch.cat([self.planes(*part).float() for part in parts])
         return SingleViewScenes(planes.unflatten(0, (B, K)), cameras)
 
-    @torch.no_grad()
-    def render(self, scene, cameras, size):
-        """Pictures of every scene from M cameras in the common world: images (B, K, M, 3, size, size) in [0, 1] on
-        white, alpha (B, K, M, 1, size, size), K being the view that the scene was made of."""
-        B, K = scene.planes.shape[:2]
-        cameras = (cameras.expand(B) if cameras.c2w.ndim == 3 else cameras).to(scene.planes.device)
-        seen = openlrm_canonical_cameras(
-            Cameras(cameras.c2w[:, None], cameras.fxfycxcy[:, None]),
-            Cameras(scene.sources.c2w[:, :, None], scene.sources.fxfycxcy[:, :, None]),
-        )
-        pictures = [
-            self._pictures(planes, Cameras(c2w, fxfycxcy), size)
-            for planes, c2w, fxfycxcy in zip(
-                scene.planes.flatten(0, 1), seen.c2w.flatten(0, 1), seen.fxfycxcy.flatten(0, 1), strict=True
-            )
-        ]
-        return tuple(torch.stack(values).unflatten(0, (B, K)) for values in zip(*pictures, strict=True))
+    def render(self, scene: SingleViewScenes, cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Reconstructor.render`, of the scenes that were made of the FIRST source view."""
+        return self._render_source(scene, 0, cameras, size)
 
-    def _pictures(self, planes, cameras, size):
+    def compare(
+        self,
+        scene: SingleViewScenes,
+        cameras: Cameras,
+        size: int,
+        distance: Callable[[torch.Tensor], torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `Reconstructor.compare`, where view j is compared with the scenes of the K source views i != j.
+
+        Its distance is the mean over those scenes, NaN if there is none (view 0 if K = 1). Its render is that of the
+        next source view's scene, (j + 1) mod K, which is the view's own only for view 0 if K = 1.
+
+        The mean over views weighs views equally. For K = 4 and K = 1 that is also the mean over all pairs i != j; for
+        K = 2 and K = 3 the views that no scene was made of have more pairs, but no more weight."""
+        K, V = scene.planes.shape[1], len(cameras)
+        distances, renders = [], [None] * V
+        for i in range(K):
+            images, _ = self._render_source(scene, i, cameras, size)
+            distances.append(distance(images))
+            for j in range(V):
+                if (j + 1) % K == i:
+                    renders[j] = images[:, j]
+        distances = torch.stack(distances, 1)
+        is_compared = ~torch.eye(K, V, dtype=torch.bool, device=distances.device)
+        return distances.where(is_compared, 0).sum(1) / is_compared.sum(0), torch.stack(renders, 1)
+
+    @torch.no_grad()
+    def _render_source(self, scene, source, cameras, size):
+        """Images (B, M, 3, size, size) and alpha (B, M, 1, size, size) of the scenes made of source view `source`."""
+        cameras = cameras.expand(len(scene)).to(scene.planes.device)
+        seen = openlrm_canonical_cameras(cameras, scene.sources[source])
+        rendered = [
+            self._render_planes(planes, one_scene_cameras, size)
+            for planes, one_scene_cameras in zip(scene.planes[:, source], seen.unbind(), strict=True)
+        ]
+        images, alpha = zip(*rendered, strict=True)
+        return torch.stack(images), torch.stack(alpha)
+
+    def _render_planes(self, planes, cameras, size):
+        """Images (M, 3, size, size) and alpha (M, 1, size, size) of planes (3, C, H, W); cameras: M in their world."""
+
         def render(origins, directions):
             colour, alpha = self.render_rays(planes[None], origins[None], directions[None])
             return colour[0], alpha[0]
@@ -315,30 +384,31 @@ class OpenLRM(nn.Module):
         return render_images(render, cameras, size, self.chunk_size)
 
     @classmethod
-    def from_pretrained(cls, path):
+    def from_pretrained(cls, checkpoint: str | Path) -> Self:
         """A published model: a local folder with config.json and model.safetensors, the latter's path, or a hub id.
 
         Raises FileNotFoundError or ValueError with one sentence."""
-        folder = Path(path).parent if Path(path).suffix == ".safetensors" else path
+        folder = Path(checkpoint).parent if Path(checkpoint).suffix == ".safetensors" else checkpoint
         remedy = (
             "as recon.checkpoint the complete folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1"
         )
-        config_file, weights = find_file(folder, "config.json", remedy), find_file(path, "model.safetensors", remedy)
+        config_file = find_file(folder, "config.json", remedy)
+        weights_file = find_file(checkpoint, "model.safetensors", remedy)
         try:
             config = json.loads(config_file.read_text())
             with torch.device("meta"):
                 model = cls(**config)
         except (json.JSONDecodeError, TypeError) as error:
             raise ValueError(
-                f"{config_file} is not the configuration of an OpenLRM v1.1 ({error}): give "
-                f"the one that was published with the weights."
+                f"{config_file} is not the configuration of an OpenLRM v1.1 ({error}): give the one that was published "
+                f"with the weights."
             ) from error
-        model.load_state_dict(convert_openlrm(read_weights(weights), model), assign=True)
+        model.load_state_dict(convert_openlrm(read_weights(weights_file), model), assign=True)
         return model.eval()
 
 
-def resize_input(images, size):
-    """Images (N, 3, S, S) -> (N, 3, size, size) the way OpenLRM's inputs were made: bicubic with aligned corners."""
+def resize_input(images: torch.Tensor, size: int) -> torch.Tensor:
+    """Images (N, 3, S, S) resized to (N, 3, size, size) as in OpenLRM's training: bicubic, with aligned corners."""
     if images.shape[-1] == size:
         return images
     return F.interpolate(images, size=(size, size), mode="bicubic", align_corners=True).clamp(0, 1)

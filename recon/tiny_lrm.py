@@ -1,21 +1,24 @@
-"""A small sparse-view large-reconstruction-model: posed views in, triplane NeRF out, in the style of LRM and Instant3D.
+"""TinyLRM, a small reconstructor in the style of LRM and Instant3D: four posed views in, a triplane NeRF out.
 
-Where the big models let a transformer find out which pixels speak of which triplane cell, this one is told: the image
-features are lifted into a coarse volume through the cameras, and the volume is folded into the three planes. That keeps
-the model small enough to be trained on one CPU core; everything after the planes (decoder, renderer) is LRM's.
+In the large models a transformer learns which pixels belong to which triplane cell. Here the cameras say so: image
+features are lifted into a coarse volume by projection, and the volume is folded into the three planes. That keeps the
+model small enough to be trained on one CPU core. Everything after the planes (decoder, renderer) is LRM's.
 """
 
 import json
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from recon.cameras import Cameras, instant3d_cameras, project
+from recon.reconstructor import Reconstructor
 from recon.volume_rendering import (
+    RadianceField,
     Triplane,
     TriplaneDecoder,
     occupancy_grid,
@@ -23,11 +26,13 @@ from recon.volume_rendering import (
     render_occupied,
     triplane_field,
 )
+from recon.weights import check_weights, read_weights
 
-RECONSTRUCT_BATCH = 8  # scenes reconstructed at a time: bounds the memory
-SAMPLES = 48  # depths of a ray inside the box around the object
-POINTS = 4096  # points of an object decoded at a time: their activations stay in the processor cache
-OCCUPANCY = 24  # cells per side of the grid that tells where there is anything to render
+RECONSTRUCT_BATCH = 8  # objects reconstructed at a time, which bounds the memory
+SAMPLES = 48  # depths per ray inside the object's bounding box
+POINTS = 4096  # points of an object decoded at a time, so that their activations stay in the processor cache
+OCCUPANCY = 24  # cells per side of the occupancy grid
+OCCUPIED = 0.01  # optical thickness above which a cell is rendered
 
 
 class ResBlock(nn.Module):
@@ -46,15 +51,24 @@ class ResBlock(nn.Module):
         return x + self.net(x)
 
 
-class TinyLRM(nn.Module):
-    """width: channels of the image features; volume: cells per side that they are lifted to, with `voxel_channels`
-    each; plane_width: channels while the planes are refined; plane_channels: of the finished planes, which have 2 *
-    volume cells per side; hidden, layers: of the decoder's MLP."""
+class TinyLRM(Reconstructor):
+    """width: channels of the image features; volume: cells per side of the volume that they are lifted to;
+    voxel_channels: of a cell; plane_width: channels of the planes before refinement; plane_channels: of the finished
+    planes, which have 2 * volume cells per side; hidden, layers: width and depth of the decoder's MLP."""
 
     num_views = 4
     input_size = 64
 
-    def __init__(self, width=32, volume=24, voxel_channels=16, plane_width=64, plane_channels=16, hidden=32, layers=3):
+    def __init__(
+        self,
+        width: int = 32,
+        volume: int = 24,
+        voxel_channels: int = 16,
+        plane_width: int = 64,
+        plane_channels: int = 16,
+        hidden: int = 32,
+        layers: int = 3,
+    ):
         super().__init__()
         self.config = dict(
             width=width,
@@ -87,25 +101,21 @@ class TinyLRM(nn.Module):
             nn.Conv2d(fine, plane_channels, 3, padding=1),
         )
         self.decoder = TriplaneDecoder(3 * plane_channels, hidden, layers)
-        self.chunk_size = 65536
 
     @staticmethod
-    def input_cameras():
-        """Where the views stand: Instant3D's four cameras."""
+    def input_cameras() -> Cameras:
+        """Instant3D's four cameras."""
         return instant3d_cameras()
 
-    @property
-    def cameras(self):
-        return self.input_cameras().to(self.stem[0].weight.device)
-
-    def planes(self, views, cameras):
-        """views (B, V, 3, S, S) in [0, 1] on white, cameras of V (or (B, V)) views -> (B, 3, C, 2 volume, 2 volume)."""
+    def planes(self, views: torch.Tensor, cameras: Cameras) -> torch.Tensor:
+        """Planes (B, 3, plane_channels, 2 * volume, 2 * volume) of views (B, V, 3, S, S) in [0, 1] on white, taken by
+        `cameras`, V or (B, V)."""
         B, V = views.shape[:2]
         G = self.config["volume"]
-        cameras = cameras.expand(B) if cameras.c2w.ndim == 3 else cameras
+        cameras = cameras.expand(B)
         fine = self.stem((2 * views.flatten(0, 1) - 1).to(self.stem[0].weight.dtype))
         features = fine + F.interpolate(self.deep(fine), scale_factor=2, mode="bilinear")
-        # the bare colours go along: without them the planes learn shape at once but colour only very slowly
+        # raw colours are features too: without them the planes learn shape at once but colour only very slowly
         features = torch.cat([features.float(), F.avg_pool2d(views.flatten(0, 1), 2) - 0.5], 1)
 
         centre = (torch.arange(G, device=views.device) + 0.5) / G * 2 - 1
@@ -117,65 +127,72 @@ class TinyLRM(nn.Module):
         mean = lifted.mean(1)
         variance = (lifted - mean[:, None]).square().mean(1)
         mean, variance = mean.transpose(1, 2), variance.transpose(1, 2)
-        spread = variance.mean(-1, keepdim=True)  # photo-consistency, the classic cue of space carving
+        spread = variance.mean(-1, keepdim=True)  # photo-consistency, the cue of space carving
         volume = self.voxel(torch.cat([mean, variance, spread], -1).to(fine.dtype)).reshape(
             B, G, G, G, -1
         )  # z, y, x, channel
         folded = (
             volume.permute(0, 4, 1, 2, 3).flatten(1, 2),  # plane (x, y): z joins the channels
-            volume.permute(0, 4, 2, 1, 3).flatten(1, 2),  # plane (x, z): rows are z, y joins
-            volume.permute(0, 4, 3, 2, 1).flatten(1, 2),  # plane (z, y): rows are y, columns z, x joins
+            volume.permute(0, 4, 2, 1, 3).flatten(1, 2),  # plane (x, z): rows are z, y joins the channels
+            volume.permute(0, 4, 3, 2, 1).flatten(1, 2),  # plane (z, y): columns are z, x joins the channels
         )
         planes = torch.stack([fold(part) for fold, part in zip(self.fold, folded, strict=True)], 1)
         return self.refine(planes.flatten(0, 1)).unflatten(0, (B, 3))
 
-    def field(self, planes):
-        """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> density (B, P), colour (B, P, 3)."""
+    def field(self, planes: torch.Tensor) -> RadianceField:
+        """The radiance field of planes (B, 3, C, H, W)."""
         return triplane_field(planes, self.decoder, POINTS)
 
-    def set_dtype(self, dtype):
-        """Arithmetic of the networks; geometry and compositing stay in float32."""
-        return self.to(dtype)
+    def radiance_field(self, scene: Triplane) -> RadianceField:
+        """The radiance field of a scene, see `Reconstructor`. Raises ValueError if there is more than one object."""
+        if len(scene) != 1:
+            raise ValueError(f"a radiance field is that of one object and the scene holds {len(scene)}; choose one")
+        return self.field(scene.planes)
 
     @torch.no_grad()
-    def reconstruct(self, views, cameras):
-        """views (B, V, 3, 64, 64) in [0, 1] on white -> Triplane of B scenes."""
-        return Triplane(
-            torch.cat([self.planes(part, cameras).float() for part in views.float().split(RECONSTRUCT_BATCH)])
+    def reconstruct(self, views: torch.Tensor, cameras: Cameras) -> Triplane:
+        """views: (B, V, 3, 64, 64) in [0, 1] on white; cameras: V or (B, V)."""
+        parts = zip(
+            views.float().split(RECONSTRUCT_BATCH), cameras.expand(len(views)).split(RECONSTRUCT_BATCH), strict=True
         )
+        return Triplane(torch.cat([self.planes(*part).float() for part in parts]))
 
     @torch.no_grad()
-    def render(self, scene, cameras, size):
-        """Deterministic pictures of B scenes from M cameras: images (B, M, 3, size, size), alpha (B, M, 1, size,
-        size)."""
-        B = len(scene)
-        cameras = cameras.expand(B) if cameras.c2w.ndim == 3 else cameras
+    def render(self, scene: Triplane, cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
         images, alpha = [], []
-        for b in range(B):
-            field = self.field(scene.planes[b : b + 1])
-            occupied = occupancy_grid(field, 1, OCCUPANCY, 0.01, scene.planes.device)[0]
+        for planes, one_scene_cameras in zip(scene.planes, cameras.expand(len(scene)).unbind(), strict=True):
+            field = self.field(planes[None])
+            occupied = occupancy_grid(field, 1, OCCUPANCY, OCCUPIED, planes.device)[0]
             render = partial(render_occupied, field, occupied, samples=SAMPLES)
-            pictures = render_images(render, Cameras(cameras.c2w[b], cameras.fxfycxcy[b]), size, self.chunk_size)
-            images.append(pictures[0])
-            alpha.append(pictures[1])
+            rendered = render_images(render, one_scene_cameras, size, self.chunk_size)
+            images.append(rendered[0])
+            alpha.append(rendered[1])
         return torch.stack(images), torch.stack(alpha)
 
-    def save_pretrained(self, folder):
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors, the weights in float16."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
         save_file({k: v.half().contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
-    def from_pretrained(cls, folder):
-        """Load config.json and model.safetensors of a folder that `save_pretrained` wrote."""
-        folder = Path(folder)
+    def from_pretrained(cls, checkpoint: str | Path) -> Self:
+        """The model of a folder that `save_pretrained` wrote.
+
+        Raises FileNotFoundError or ValueError with one sentence."""
+        folder, remedy = Path(checkpoint), "make it with `python -m tiny.train_lrm` or correct the path"
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(
-                    f"recon.checkpoint = {str(folder)!r} has no {name}; remake it with "
-                    f"`python -m tiny.train_lrm` or correct the path."
-                )
-        model = cls(**json.loads((folder / "config.json").read_text()))
-        model.load_state_dict({k: v.float() for k, v in load_file(folder / "model.safetensors").items()})
+                raise FileNotFoundError(f"recon.checkpoint = {str(folder)!r} has no {name}; {remedy}.")
+        try:
+            model = cls(**json.loads((folder / "config.json").read_text()))
+        except (json.JSONDecodeError, TypeError) as error:
+            raise ValueError(
+                f"{folder / 'config.json'} is not a configuration of TinyLRM ({error}); {remedy}."
+            ) from error
+        weights = read_weights(folder / "model.safetensors")
+        shapes = {key: value.shape for key, value in model.state_dict().items()}
+        check_weights(weights, shapes, f"the TinyLRM that {folder / 'config.json'} describes", "files of one model")
+        model.load_state_dict({key: value.float() for key, value in weights.items()})
         return model.eval()

@@ -2,9 +2,12 @@
 
 A ray is cut at depths t_0 < ... < t_{D-1}. Each interval between neighbours has the mean density and colour of its two
 ends: alpha_i = 1 - exp(-sigma_i (t_{i+1} - t_i)), T_i = prod_{j<i} (1 - alpha_j), colour = sum_i T_i alpha_i c_i
-(Max 1995; the quadrature of NeRF with the midpoint rule).
+(Max 1995; the quadrature of NeRF, Mildenhall et al. 2020, with densities and colours averaged over the interval).
+
+Distances are in world units, densities per unit length, colours RGB in [0, 1].
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -12,25 +15,30 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from recon.cameras import rays
+from recon.cameras import Cameras, rays
 
 FRONT = 8  # samples of a ray evaluated together, front to back
-OPAQUE = 7.0  # optical thickness behind which nothing is seen: exp(-7) < 1e-3
+OPAQUE = 7.0  # optical thickness behind which nothing is visible: exp(-7) < 1e-3
+
+# points (B, P, 3) of B scenes -> density (B, P) and colour (B, P, 3)
+RadianceField = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class Triplane:
-    """A batch of scenes in the box [-1, 1]^3. planes: (B, 3, C, H, W) for the coordinate pairs (x,y), (x,z), (z,y);
-    the first coordinate of a pair runs along the width."""
+    """A batch of B scenes in the box [-1, 1]^3.
+
+    planes: (B, 3, C, H, W) features for the coordinate pairs (x, y), (x, z) and (z, y); the first coordinate of a pair
+    runs along the width, the second along the height."""
 
     planes: torch.Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.planes)
 
 
-def sample_planes(planes, points):
-    """Bilinear features of points: planes (B, 3, C, H, W), points (B, P, 3) -> (B, P, 3 C); zero outside the box."""
+def sample_planes(planes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """Bilinear features (B, P, 3 C) of points (B, P, 3) in planes (B, 3, C, H, W), zero outside the box."""
     B, _, C, _, _ = planes.shape
     pairs = torch.stack([points[..., [0, 1]], points[..., [0, 2]], points[..., [2, 1]]], dim=1)
     features = F.grid_sample(planes.flatten(0, 1), pairs.flatten(0, 1)[:, None], align_corners=False)
@@ -38,32 +46,34 @@ def sample_planes(planes, points):
 
 
 class TriplaneDecoder(nn.Module):
-    """Features (..., in_features) -> density (...) >= 0 per unit length and colour (..., 3), the small MLP of LRM."""
+    """The small MLP of LRM (Hong et al. 2024): features (..., in_features) -> density (...) >= 0, colour (..., 3)."""
 
-    def __init__(self, in_features, hidden=64, layers=4):
+    def __init__(self, in_features: int, hidden: int = 64, layers: int = 4):
         super().__init__()
         sizes = [in_features] + [hidden] * (layers - 1)
         blocks = [block for a, b in pairwise(sizes) for block in (nn.Linear(a, b), nn.ReLU())]
         self.net = nn.Sequential(*blocks, nn.Linear(hidden, 4))
 
-    def forward(self, features):
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raw, colour = self.raw(features)
         return self.density(raw), colour
 
-    def raw(self, features):
-        """Density (...) before `density` makes it positive, and colour (..., 3)."""
+    def raw(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Density (...) before its activation `density`, and colour (..., 3)."""
         out = self.net(features.to(self.net[0].weight.dtype)).float()
         return out[..., 0], torch.sigmoid(out[..., 1:]) * 1.002 - 0.001
 
     @staticmethod
-    def density(raw):
+    def density(raw: torch.Tensor) -> torch.Tensor:
+        """The activation that makes raw densities non-negative."""
         return F.softplus(raw - 1)
 
 
-def triplane_field(planes, decode, block):
-    """The radiance field of planes (B, 3, C, H, W): points (B, P, 3) -> density (B, P), colour (B, P, 3).
+def triplane_field(planes: torch.Tensor, decode: Callable, block: int) -> RadianceField:
+    """The radiance field of planes (B, 3, C, H, W).
 
-    decode: features (B, P, 3 C) -> density, colour; block: points of a scene decoded at a time: bounds the memory."""
+    decode: features (B, P, 3 C) -> density (B, P), colour (B, P, 3); block: points of a scene decoded at a time, which
+    bounds the memory."""
 
     def evaluate(points):
         parts = [decode(sample_planes(planes, part)) for part in points.split(block, dim=1)]
@@ -72,20 +82,32 @@ def triplane_field(planes, decode, block):
     return evaluate
 
 
-def box_interval(origins, directions, low=-1.0, high=1.0):
-    """Where rays (..., 3) enter and leave the box from `low` to `high` (numbers or (3,)): near, far (...); a miss has
-    near >= far."""
+def box_interval(
+    origins: torch.Tensor,
+    directions: torch.Tensor,
+    low: torch.Tensor | float = -1.0,
+    high: torch.Tensor | float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where rays (..., 3) enter and leave the box from `low` to `high` (numbers or (3,)).
+
+    Returns depths near and far (...), near >= 0. A ray that misses the box has near >= far."""
     inverse = 1 / torch.where(directions.abs() < 1e-8, torch.full_like(directions, 1e-8), directions)
     t0, t1 = (low - origins) * inverse, (high - origins) * inverse
     near, far = torch.minimum(t0, t1).amax(-1).clamp(min=0), torch.maximum(t0, t1).amin(-1)
     return near, far
 
 
-def composite(depths, density, colour, background=1.0, activation=None):
-    """Emission-absorption along rays.
+def composite(
+    depths: torch.Tensor,
+    density: torch.Tensor,
+    colour: torch.Tensor,
+    background: float = 1.0,
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Emission and absorption along rays, with the equations at the top of this file.
 
-    depths, density: (..., D); colour: (..., D, 3); activation: makes densities of the means of raw ones, for fields
-    that give raw densities (-inf is emptiness: it empties both intervals that it bounds).
+    depths, density: (..., D); colour: (..., D, 3). activation: applied to the mean density of every interval, for
+    fields whose densities are raw; a raw density of -inf is empty space and empties both intervals that it bounds.
     Returns colour (..., 3), alpha (...), weights (..., D - 1)."""
     sigma = (density[..., 1:] + density[..., :-1]) / 2
     sigma = sigma if activation is None else activation(sigma)
@@ -97,17 +119,24 @@ def composite(depths, density, colour, background=1.0, activation=None):
     return (weights[..., None] * rgb).sum(-2) + (1 - alpha[..., None]) * background, alpha, weights
 
 
-def stratified_depths(near, far, samples, jitter, bins=None):
-    """Depths (..., samples) in [near, far]: one in each of `samples` equal bins, at `jitter` in [0, 1] of the bin
-    (a number, or a tensor (..., samples)). bins: how many bins [near, far] is cut into, if not `samples`; with
-    `samples` - 1 the first depth is at or behind near, the last one at or behind far."""
+def stratified_depths(
+    near: torch.Tensor, far: torch.Tensor, samples: int, jitter: torch.Tensor | float, bins: int | None = None
+) -> torch.Tensor:
+    """Depths (..., samples) between near and far (...), one in each of `samples` equal bins.
+
+    jitter: place of the depth in its bin, in [0, 1], a number or (..., samples). bins: number of bins that [near, far]
+    is cut into, `samples` by default; with `samples` - 1 the last bin, and its depth, lies behind far."""
     steps = (torch.arange(samples, device=near.device, dtype=near.dtype) + jitter) / (bins or samples)
     return near[..., None] + (far - near)[..., None] * steps
 
 
-def importance_depths(depths, weights, samples, u, floor=1e-3):
-    """Inverse-transform samples of the piecewise constant density `weights` + `floor` (..., D - 1) over the intervals
-    of `depths` (..., D), for u in [0, 1]: (samples,) or (..., samples). NeRF, section 5.2."""
+def importance_depths(
+    depths: torch.Tensor, weights: torch.Tensor, samples: int, u: torch.Tensor, floor: float = 1e-3
+) -> torch.Tensor:
+    """Depths (..., samples) drawn by inverse-transform sampling from the piecewise constant density `weights` + `floor`
+    (..., D - 1) over the intervals of `depths` (..., D); NeRF, section 5.2.
+
+    u: (samples,) or (..., samples) in [0, 1], the values of the distribution function to invert."""
     pdf = weights + floor
     cdf = F.pad((pdf / pdf.sum(-1, keepdim=True)).cumsum(-1), (1, 0))
     u = u.expand(*cdf.shape[:-1], samples).contiguous()
@@ -117,40 +146,43 @@ def importance_depths(depths, weights, samples, u, floor=1e-3):
     return t0 + (t1 - t0) * ((u - c0) / (c1 - c0).clamp(min=1e-8)).clamp(0, 1)
 
 
-def blurred_importance_depths(depths, weights, samples, u):
-    """`importance_depths` as OpenLRM was trained with: the weights of all but the outer intervals, widened by
-    mip-NeRF's filter (max(w_{i-1}, w_i) + max(w_i, w_{i+1})) / 2 + 0.01, over bins between the intervals' midpoints.
+def blurred_importance_depths(
+    depths: torch.Tensor, weights: torch.Tensor, samples: int, u: torch.Tensor
+) -> torch.Tensor:
+    """`importance_depths` as OpenLRM was trained with: the weights of the inner intervals, blurred by mip-NeRF's filter
+    (max(w_{i-1}, w_i) + max(w_i, w_{i+1})) / 2 + 0.01 (Barron et al. 2021), over bins between the intervals' midpoints.
 
-    depths: (..., D) with D >= 4. There is one bin more than weights; the last one gets none, so that every weight
-    stands half an interval in front of its place."""
+    depths: (..., D) with D >= 4. As in the published code there is one bin more than there are weights and the last
+    bin is never used, so that every weight stands half an interval in front of its place."""
     pairs = torch.maximum(weights[..., 1:], weights[..., :-1])
     middles = (depths[..., 1:] + depths[..., :-1]) / 2
     return importance_depths(middles[..., :-1], (pairs[..., 1:] + pairs[..., :-1]) / 2, samples, u, floor=0.01 + 1e-5)
 
 
 def render_rays(
-    field,
-    origins,
-    directions,
-    coarse,
-    fine,
-    jitter=0.5,
-    u=None,
-    bins=None,
-    resample=importance_depths,
-    activation=None,
-    background=1.0,
-):
-    """Coarse-to-fine rendering of every ray: field(points (B, P, 3)) -> density (B, P), colour (B, P, 3);
-    origins, directions (B, R, 3). jitter: number or (B, R, coarse); u: None (evenly spaced), (fine,) or (B, R, fine).
+    field: RadianceField,
+    origins: torch.Tensor,
+    directions: torch.Tensor,
+    coarse: int,
+    fine: int,
+    jitter: torch.Tensor | float = 0.5,
+    u: torch.Tensor | None = None,
+    bins: int | None = None,
+    resample: Callable = importance_depths,
+    activation: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    background: float = 1.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coarse-to-fine rendering of rays through B scenes in the box [-1, 1]^3 (NeRF, section 5.2).
 
-    bins: see `stratified_depths`; resample: how the fine depths are chosen, `importance_depths` or
-    `blurred_importance_depths`; activation, background: see `composite`.
+    origins, directions: (B, R, 3). coarse, fine: samples of a ray that are spread over the box, and that are added
+    where those found matter. jitter: a number or (B, R, coarse), see `stratified_depths`, as is bins. resample: draws
+    the fine depths, `importance_depths` or `blurred_importance_depths`; u: their argument, (fine,) or (B, R, fine),
+    None = evenly spaced. activation, background: see `composite`.
     Returns colour (B, R, 3) and alpha (B, R). Rays that miss the box show the background."""
     near, far = box_interval(origins, directions)
     hit = near < far
     near = torch.where(hit, near, torch.zeros_like(near))
-    far = torch.where(hit, far, near)  # without length there is nothing to see
+    far = torch.where(hit, far, near)  # an interval of length zero contributes nothing
 
     def evaluate(depths):
         points = origins[..., None, :] + directions[..., None, :] * depths[..., None]
@@ -172,8 +204,8 @@ def render_rays(
     return rgb, alpha
 
 
-def render_images(render, cameras, size, chunk_size):
-    """Pictures of one scene from M cameras: images (M, 3, size, size) in [0, 1], alpha (M, 1, size, size).
+def render_images(render: Callable, cameras: Cameras, size: int, chunk_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (M, 3, size, size) in [0, 1] and alpha (M, 1, size, size) of one scene from M cameras.
 
     render: origins (N, 3), directions (N, 3) -> colour (N, 3), alpha (N,), called with at most `chunk_size` rays."""
     origins, directions = (x.flatten(0, 1) for x in rays(cameras, size))
@@ -182,9 +214,15 @@ def render_images(render, cameras, size, chunk_size):
     return colour.permute(0, 3, 1, 2).clamp(0, 1), alpha[:, None]
 
 
-def occupancy_grid(field, batch, resolution, threshold, device=None):
-    """Which cells of the box hold matter: (batch, resolution, resolution, resolution) bool, indexed z, y, x, grown by
-    one cell on every side. A cell counts when the optical thickness of crossing it exceeds `threshold`."""
+def occupancy_grid(
+    field: RadianceField,
+    batch: int,
+    resolution: int,
+    threshold: float,
+    device: str | torch.device | None = None,
+) -> torch.Tensor:
+    """Which cells of the box hold matter: (batch, resolution, resolution, resolution) bool, indexed z, y, x, dilated by
+    one cell on every side. A cell holds matter if the optical thickness of crossing it exceeds `threshold`."""
     centre = (torch.arange(resolution, device=device) + 0.5) / resolution * 2 - 1
     z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
     points = torch.stack([x, y, z], -1).reshape(1, -1, 3).expand(batch, -1, 3)
@@ -192,9 +230,9 @@ def occupancy_grid(field, batch, resolution, threshold, device=None):
     return F.max_pool3d(thickness, 3, stride=1, padding=1)[:, 0] > threshold
 
 
-def occupied_box(occupied):
-    """The smallest box around the occupied cells (R, R, R) of one scene: low (3,), high (3,) as x, y, z; None if
-    empty."""
+def occupied_box(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The bounding box of the occupied cells (R, R, R) bool of one scene: low (3,), high (3,) as x, y, z; None if no
+    cell is occupied."""
     resolution, bounds = len(occupied), []
     for axis in (2, 1, 0):
         others = [i for i in range(3) if i != axis]
@@ -206,12 +244,14 @@ def occupied_box(occupied):
     return tuple(torch.stack(part) * (2 / resolution) - 1 for part in (low, high))
 
 
-def render_occupied(field, occupied, origins, directions, samples):
-    """Deterministic rendering of one scene that skips empty space: `samples` even depths where a ray crosses the box
-    around the occupied cells, evaluated only inside occupied cells.
+def render_occupied(
+    field: RadianceField, occupied: torch.Tensor, origins: torch.Tensor, directions: torch.Tensor, samples: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Deterministic rendering of one scene that skips empty space: `samples` evenly spaced depths where a ray crosses
+    the bounding box of the occupied cells, evaluated only inside occupied cells.
 
-    field: points (1, P, 3) -> density (1, P), colour (1, P, 3); occupied: (R, R, R) bool from `occupancy_grid`;
-    origins, directions: (N, 3). Returns colour (N, 3) on white and alpha (N,)."""
+    field: of one scene (B = 1); occupied: (R, R, R) bool from `occupancy_grid`; origins, directions: (N, 3).
+    Returns colour (N, 3) on white and alpha (N,)."""
     rgb, alpha = torch.ones_like(origins), torch.zeros_like(origins[:, 0])
     box = occupied_box(occupied)
     if box is None:
@@ -225,12 +265,12 @@ def render_occupied(field, occupied, origins, directions, samples):
     inside = occupied.flatten()[(z * resolution + y) * resolution + x]
     density, colour = torch.zeros_like(depths), torch.zeros_like(points)
     optical = torch.zeros_like(depths[:, 0])
-    for first in range(0, samples, FRONT):  # front to back: what lies behind opaque matter is never seen
+    for first in range(0, samples, FRONT):  # front to back: what lies behind opaque matter is invisible
         part = slice(first, first + FRONT)
         inside[:, part] &= (optical < OPAQUE)[:, None]
-        wanted = inside[:, part]
-        found, shade = field(points[:, part][wanted][None])
-        density[:, part][wanted], colour[:, part][wanted] = found[0], shade[0]
+        visible = inside[:, part]
+        found, shade = field(points[:, part][visible][None])
+        density[:, part][visible], colour[:, part][visible] = found[0], shade[0]
         optical = optical + density[:, part].sum(1) * (far - near)[ray] / samples
     # an interval with one end in empty space takes the colour of its other end
     colour = torch.where(inside[..., None], colour, _nearest_colour(colour, inside))
@@ -239,7 +279,7 @@ def render_occupied(field, occupied, origins, directions, samples):
 
 
 def _nearest_colour(colour, known):
-    """For every sample (N, D, 3) the colour of the next one if that is known, else of the one before."""
+    """For every sample, the colour (N, D, 3) of the next one if that is known (N, D), else of the one before."""
     after = F.pad(colour[:, 1:], (0, 0, 0, 1))
     before = F.pad(colour[:, :-1], (0, 0, 1, 0))
     return torch.where(F.pad(known[:, 1:], (0, 1))[..., None], after, before)

@@ -1,6 +1,7 @@
-"""Reading files of weights that strangers made: tensors and nothing else, complete or refused."""
+"""Reading public files of weights: nothing but tensors is unpickled, and what is incomplete is refused."""
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,10 +10,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
 
 
-def read_weights(file):
-    """{key: tensor} of a .safetensors file, or of a torch file from which nothing but tensors is unpickled.
+def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
+    """{key: tensor} of a .safetensors file, or of a torch file, from its entry "state_dict" if it has one.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it cannot be read: half-downloaded, or not
+    Raises FileNotFoundError if there is no such file, ValueError if it cannot be read: an incomplete download, or no
     weights."""
     file = Path(file)
     if not file.is_file():
@@ -21,26 +22,22 @@ def read_weights(file):
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        return state.get("state_dict", state)
     except Exception as error:
         raise ValueError(
-            f"{file} could not be read as a file of weights ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}): download it again, completely."
+            f"{file} could not be read as a file of weights ({type(error).__name__}: {_first_line(error)}): download "
+            f"it again."
         ) from error
-    return state.get("state_dict", state)
 
 
-def find_file(checkpoint, name, remedy):
-    """The file `name` of a checkpoint: a local path to it, its local folder, or a hub id, from which it is downloaded.
+def find_file(checkpoint: str | Path, name: str, remedy: str) -> Path:
+    """The file `name` of a checkpoint, which is the file's own path, its folder, or a hub id to download it from.
 
     remedy: what the message says to give instead. Raises FileNotFoundError."""
     path = Path(checkpoint)
     if path.is_file():
         return path
-    if (
-        path.is_dir()
-        or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", str(checkpoint))
-        or path.suffix in (".safetensors", ".pth")
-    ):
+    if path.is_dir() or not _may_be_hub_id(str(checkpoint)):
         if (path / name).is_file():
             return path / name
         raise FileNotFoundError(f"{str(checkpoint)!r} does not exist or has no {name}: give {remedy}.")
@@ -48,15 +45,15 @@ def find_file(checkpoint, name, remedy):
         return Path(hf_hub_download(str(checkpoint), name))
     except (OSError, ValueError, HfHubHTTPError) as error:
         raise FileNotFoundError(
-            f"{name} of {str(checkpoint)!r}, which is no local path, could not be downloaded "
-            f"({str(error).splitlines()[0]}): give {remedy}."
+            f"{name} of {str(checkpoint)!r}, which is not a local path, could not be downloaded "
+            f"({_first_line(error)}): give {remedy}."
         ) from error
 
 
-def differences(weights, shapes):
+def differences(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> str:
     """Which `weights` {key: tensor} are missing, unknown or of another shape, in words; "" if none.
 
-    shapes: {key: shape} of a complete model."""
+    shapes: {key: shape} of the complete model."""
     problems = {
         "missing": sorted(shapes.keys() - weights.keys()),
         "unknown": sorted(weights.keys() - shapes.keys()),
@@ -67,16 +64,27 @@ def differences(weights, shapes):
         ),
     }
     return "; ".join(
-        f"{len(keys)} {what} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
-        for what, keys in problems.items()
+        f"{len(keys)} {problem} ({', '.join(keys[:5])}{', ...' if len(keys) > 5 else ''})"
+        for problem, keys in problems.items()
         if keys
     )
 
 
-def check_weights(weights, shapes, model, remedy):
-    """Raise ValueError that lists the `differences`.
+def check_weights(
+    weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], model: str, remedy: str
+) -> None:
+    """Raise ValueError that lists the `differences`, if there are any.
 
     model: what the message calls the model; remedy: what it says to give instead."""
     found = differences(weights, shapes)
     if found:
         raise ValueError(f"These are not the weights of {model}: {found}. Give {remedy}.")
+
+
+def _first_line(error):
+    return (str(error).splitlines() or [""])[0].rstrip(".")
+
+
+def _may_be_hub_id(checkpoint):
+    is_path_of_a_file = Path(checkpoint).suffix in (".safetensors", ".pth")
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint) and not is_path_of_a_file

@@ -295,7 +295,7 @@ def test_both_backends_agree(scene):
         assert torch.nn.functional.cosine_similarity(a.grad.flatten(), b.grad.cpu().flatten(), 0) > 0.999
 
 
-def test_gsplat_is_asked_for_the_same_picture(monkeypatch):
+def test_gsplat_is_called_for_the_same_image(monkeypatch):
     """Its rasterization, played by the other backend: world-to-camera matrices, intrinsics in pixels, channels last."""
 
     def rasterization(
@@ -334,25 +334,8 @@ def test_ply_is_read_back(tmp_path):
     lines = header.decode().splitlines()
     assert lines[:3] == ["ply", "format binary_little_endian 1.0", "element vertex 7"]
     names = [line.removeprefix("property float ") for line in lines[3:]]
-    assert names == [
-        "x",
-        "y",
-        "z",
-        "nx",
-        "ny",
-        "nz",
-        "f_dc_0",
-        "f_dc_1",
-        "f_dc_2",
-        "opacity",
-        "scale_0",
-        "scale_1",
-        "scale_2",
-        "rot_0",
-        "rot_1",
-        "rot_2",
-        "rot_3",
-    ]
+    expected = "x y z nx ny nz f_dc_0 f_dc_1 f_dc_2 opacity scale_0 scale_1 scale_2 rot_0 rot_1 rot_2 rot_3"
+    assert names == expected.split()
     table = torch.from_numpy(np.frombuffer(body, "<f4").reshape(7, 17).copy())
     assert table.isfinite().all() and (table[:, 3:6] == 0).all()
     read = torch.cat(

@@ -1,4 +1,4 @@
-"""GRM against what the public implementation computes with small random weights; its published files, read safely."""
+"""GRM against what the public implementation computes with small random weights, and the reading of its files."""
 
 import json
 import os
@@ -10,14 +10,14 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from recon import grm_checkpoint
 from recon.cameras import Cameras, project
 from recon.grm import GRM, Attention
 from recon.grm_checkpoint import convert
+from tools import convert_grm
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
@@ -33,8 +33,8 @@ SMALL = {
 
 
 def golden_grm(name):
-    """The tiny GRM `name`, the file's other tensors, and of how many rows it keeps one. That of "a" has no encoder: the
-    tokens stand in for it."""
+    """The tiny GRM `name`, the file's other tensors, and the stride of the rows that it keeps. File "a" has no encoder:
+    its tokens stand in for it."""
     file = GOLDEN / f"grm_tiny_{name}.safetensors"
     with safe_open(file, "pt") as header:
         visual, render = (json.loads(header.metadata()[key]) for key in ("visual_params", "act_params"))
@@ -198,7 +198,7 @@ def test_impossible_parameters_are_named(change, message):
 
 def test_views_of_another_size_or_number_are_refused():
     model, cameras = GRM(**SMALL), GRM.input_cameras()
-    with pytest.raises(ValueError, match=r"images of shape \(1, 4, 3, 32, 32\) and takes \(1, 4, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"images of shape \(1, 4, 3, 32, 32\) but takes \(1, 4, 3, 16, 16\)"):
         model.gaussians(torch.zeros(1, 4, 3, 32, 32), cameras)
     with pytest.raises(ValueError, match=r"c2w of shape \(1, 3, 4, 4\)"):
         model.gaussians(torch.zeros(1, 4, 3, 16, 16), cameras[:3])
@@ -240,7 +240,7 @@ class Code:
 
 @pytest.fixture
 def save(tmp_path, monkeypatch):
-    """Saves a file with objects of the module `easydict`, which nobody can import afterwards."""
+    """Saves a file with objects of the module `easydict`, which cannot be imported afterwards."""
 
     def save(content, name="grm_u.pth"):
         with monkeypatch.context() as patch:
@@ -269,8 +269,8 @@ def checkpoint(model, visual=VISUAL, render=RENDER, parallel=True):
 def test_a_published_file_becomes_a_folder(save, tmp_path, monkeypatch, capsys, parallel):
     model = GRM(**SMALL)
     source = save(checkpoint(model, parallel=parallel))
-    monkeypatch.setattr("sys.argv", ["grm_checkpoint", str(source), str(tmp_path / "grm")])
-    grm_checkpoint.main()
+    monkeypatch.setattr("sys.argv", ["convert_grm", str(source), str(tmp_path / "grm")])
+    convert_grm.main()
     assert "visual.checkpointing, render.render_type, render.img_height" in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "grm").iterdir()) == ["config.json", "model.safetensors"]
     loaded = GRM.from_pretrained(tmp_path / "grm")
@@ -307,10 +307,10 @@ def test_code_is_refused_and_never_runs(save, tmp_path, place, function, what):
     else:
         content.setdefault(place, {})["transformer_encoder.conv.weight"] = code
     source = save(content)
-    with pytest.raises(ValueError, match=rf"refused and nothing of it run, because it holds \S*{what}"):
+    with pytest.raises(ValueError, match=rf"refused, and no code in it was run, because it holds \S*{what}"):
         convert(source, tmp_path / "grm")
     assert not trace.exists() and not (tmp_path / "grm").exists()
-    if place == "alone":  # the trap is a real one
+    if place == "alone":  # the code would have run
         torch.load(source, weights_only=False)
         assert trace.exists()
 
@@ -374,10 +374,29 @@ def test_unreadable_files_get_one_sentence(save, tmp_path):
         convert(tmp_path / "nothing.pth", tmp_path / "grm")
 
 
-def test_the_command_ends_with_the_sentence(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["grm_checkpoint", str(tmp_path / "nothing.pth"), str(tmp_path / "grm")])
-    with pytest.raises(SystemExit, match="nothing.pth is not a file"):
-        grm_checkpoint.main()
+def test_the_command_ends_with_one_sentence(tmp_path):
+    command = [sys.executable, "-m", "tools.convert_grm", str(tmp_path / "nothing.pth"), str(tmp_path / "grm")]
+    done = subprocess.run(command, cwd=GOLDEN.parents[1], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "tools.convert_grm: " in done.stderr and "nothing.pth is not a file: give grm_u.pth" in done.stderr
+    assert not (tmp_path / "grm").exists()
+
+
+def test_a_full_disk_leaves_nothing_half_written(save, tmp_path, monkeypatch):
+    def fail(weights, file):
+        file.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    source = save(checkpoint(GRM(**SMALL)))
+    convert(source, tmp_path / "old")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    monkeypatch.setattr("recon.grm.save_file", fail)
+    for out in ("new", "old"):
+        monkeypatch.setattr("sys.argv", ["convert_grm", str(source), str(tmp_path / out)])
+        with pytest.raises(SystemExit, match=f"tools.convert_grm: .*{out} could not be written .No space left"):
+            convert_grm.main()
+    assert {file.name for file in tmp_path.iterdir()} == {"old", source.name}
+    assert {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()} == before
 
 
 # -- converted folders ----------------------------------------------------------------------------------------------
@@ -385,9 +404,9 @@ def test_the_command_ends_with_the_sentence(tmp_path, monkeypatch):
 
 def test_a_published_file_itself_is_not_loaded(save, tmp_path):
     source = save({"model": Code(os.system, f"touch {tmp_path / 'ran'}")})
-    with pytest.raises(ValueError, match=rf"`python -m recon.grm_checkpoint {source} OUT`"):
+    with pytest.raises(ValueError, match=rf"`python -m tools.convert_grm {source} OUT`"):
         GRM.from_pretrained(source)
-    with pytest.raises(FileNotFoundError, match="no config.json: .*python -m recon.grm_checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no config.json: .*`python -m tools.convert_grm SOURCE OUT`"):
         GRM.from_pretrained(tmp_path)
     assert not (tmp_path / "ran").exists()
 

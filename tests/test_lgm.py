@@ -1,4 +1,4 @@
-"""LGM against what the public implementation computes with small random weights."""
+"""LGM against what the public implementation computes with small random weights, and reading files of weights."""
 
 import json
 from pathlib import Path
@@ -10,11 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import recon.lgm
 from config import base, dgx
-from config.validate import validate
-from ddpo.setup import check_cameras
-from diffusers_patch import weights
-from recon import load_reconstructor
-from recon.cameras import from_lgm_axes, lgm_pluecker
+from recon import load_reconstructor, reconstructor_cameras, weights
+from recon.cameras import camera_disagreement, from_lgm_axes, lgm_pluecker, mvdream_cameras
 from recon.lgm import LGM, OPTIONS, PUBLISHED
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -49,7 +46,7 @@ def test_small_models(name):
 @pytest.mark.parametrize("shape", [(1, 3, 3, 32, 32), (1, 4, 3, 33, 33), (4, 3, 32, 32)])
 def test_views_of_another_number_or_size_are_refused(shape):
     model = golden("b")[0]
-    with pytest.raises(ValueError, match=r"LGM was given views of shape .* takes \(B, 4, 3, 32, 32\)"):
+    with pytest.raises(ValueError, match=r"LGM was given views of shape .* but takes \(B, 4, 3, 32, 32\)"):
         model.reconstruct(torch.ones(shape), model.cameras)
 
 
@@ -149,15 +146,11 @@ def refused(config, file, content, error, words):
 
 def test_the_public_pair_fits():
     config = dgx.get_config("mvdream_lgm")
-    config.pretrained.model, config.recon.checkpoint = "ashawkey/mvdream-sd2.1-diffusers", "ashawkey/LGM"
-    config.prompts.train_file = "prompts/train_candidates.txt"
-    validate(config, 8, "cuda")
-    check_cameras(config)
-    config.painter.elevation = 15.0
-    with pytest.raises(
-        ValueError, match=r"elevations are 15/15/15/15 .* 0/0/0/0 for the sculptor; set config.painter.elevation"
-    ):
-        check_cameras(config)
+    wanted = reconstructor_cameras(config.recon)
+    assert not camera_disagreement(mvdream_cameras(config.painter.elevation, config.painter.azimuth_start), wanted)
+    assert camera_disagreement(mvdream_cameras(15.0, config.painter.azimuth_start), wanted) == [
+        "elevations are 15/15/15/15 for the painter, 0/0/0/0 for the reconstructor"
+    ]
 
 
 def test_a_hub_id_is_downloaded_and_a_path_is_not(tmp_path, monkeypatch):
@@ -175,3 +168,13 @@ def test_a_hub_id_is_downloaded_and_a_path_is_not(tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="does not exist or has no model_fp16_fixrot.safetensors"):
             LGM.from_pretrained(path)
     assert len(asked) == 1
+
+
+def test_files_that_hold_no_weights_are_refused(tmp_path):
+    torch.save([torch.zeros(1)], tmp_path / "list.pth")
+    torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 3}, tmp_path / "nested.pth")
+    assert torch.equal(weights.read_weights(tmp_path / "nested.pth")["a"], torch.ones(2))
+    with pytest.raises(ValueError, match="list.pth could not be read as a file of weights .*download it again"):
+        weights.read_weights(tmp_path / "list.pth")
+    with pytest.raises(FileNotFoundError, match="nothing.pth does not exist: give a file of weights"):
+        weights.read_weights(tmp_path / "nothing.pth")

@@ -1,13 +1,12 @@
-"""The sculptor: cameras against known points, the renderer against closed forms, loading and its errors."""
+"""Cameras against known points, volume rendering against closed forms, and TinyLRM, the small reconstructor."""
 
 import math
 
 import pytest
 import torch
 from ml_collections import ConfigDict
+from safetensors.torch import save_file
 
-from config import tiny
-from ddpo.setup import check_cameras
 from recon import load_reconstructor
 from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, orbit_cameras, project, rays
 from recon.tiny_lrm import TinyLRM
@@ -66,7 +65,18 @@ def test_rays_and_projection_are_inverse():
     assert torch.allclose(directions.norm(dim=-1), torch.ones(2, 64), atol=1e-6)
 
 
-def test_cameras_that_do_not_fit_are_told_apart():
+def test_camera_sets_are_converted_selected_and_batched():
+    cameras = instant3d_cameras()
+    assert len(cameras) == 4 and len(cameras[1]) == 1 and len(cameras[[0, 2]]) == 2
+    assert isinstance(cameras.to(torch.float64), Cameras) and cameras.to(torch.float64).c2w.dtype == torch.float64
+    batch = cameras.expand(3)
+    assert batch.c2w.shape == (3, 4, 4, 4) and batch.fxfycxcy.shape == (3, 4, 4) and len(batch) == 4
+    assert batch.expand(3) is batch  # what is batched stays as it is
+    assert [part.c2w.shape[0] for part in batch.split(2)] == [2, 1]
+    assert all(torch.equal(one.c2w, cameras.c2w) and len(one) == 4 for one in batch.unbind())
+
+
+def test_cameras_that_do_not_fit_are_described():
     ours = instant3d_cameras()
     assert camera_disagreement(ours, ours) == []
     assert camera_disagreement(ours, orbit_cameras([0.0, 90, 180, 270], 20.0, 2.7, 50.0)) == []  # only turned
@@ -74,8 +84,9 @@ def test_cameras_that_do_not_fit_are_told_apart():
     assert len(lower) == 1 and "elevations" in lower[0]
     swapped = camera_disagreement(ours, orbit_cameras([225.0, 315, 135, 45], 20.0, 2.7, 60.0))
     assert len(swapped) == 2 and "azimuths" in swapped[0] and "fields of view" in swapped[1]
-    assert "3 views" in camera_disagreement(ours[:3], ours)[0]
-    check_cameras(tiny.get_config())
+    assert lower[0] == "elevations are 20/20/20/20 for the painter, 0/0/0/0 for the reconstructor"
+    counts = camera_disagreement(ours[:3], ours)
+    assert counts == ["the painter paints 3 views and the reconstructor takes 4"]
 
 
 # -- volume rendering ---------------------------------------------------------------------------------------------
@@ -121,7 +132,7 @@ def test_skipping_empty_space_changes_nothing_that_is_seen():
 
 
 def silhouette():
-    """Share of the picture that a ball of radius 0.6 at distance 2.7 covers at 50 degrees."""
+    """Share of the image that a ball of radius 0.6 at distance 2.7 covers at 50 degrees."""
     tangent = 0.6 / math.sqrt(2.7**2 - 0.6**2)
     return math.pi * (tangent * 1.0722535) ** 2
 
@@ -134,7 +145,7 @@ def test_importance_samples_sharpen_the_surface():
     assert (fine - truth).abs().mean() < 0.7 * (coarse - truth).abs().mean()
 
 
-# -- the small sculptor -------------------------------------------------------------------------------------------
+# -- TinyLRM -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -143,15 +154,9 @@ def model():
     return TinyLRM(width=8, volume=8, voxel_channels=4, plane_width=32, plane_channels=4, hidden=8).eval()
 
 
-def test_views_to_scene_to_pictures(model):
+def test_views_to_planes(model):
     views = torch.rand(2, 4, 3, 64, 64)
-    scene = model.reconstruct(views, model.cameras)
-    assert scene.planes.shape == (2, 3, 4, 16, 16)
-    images, alpha = model.render(scene, orbit_cameras([0.0, 10.0, 20.0], 0.0, 2.7, 50.0), 24)
-    assert images.shape == (2, 3, 3, 24, 24) and alpha.shape == (2, 3, 1, 24, 24)
-    assert 0 <= images.min() and images.max() <= 1
-    again = model.render(model.reconstruct(views, model.cameras), model.cameras, 24)[0]
-    assert torch.equal(again, model.render(scene, model.cameras, 24)[0])  # the same views, the same reward
+    assert model.reconstruct(views, model.cameras).planes.shape == (2, 3, 4, 16, 16)
 
 
 def test_a_scene_does_not_depend_on_its_batch_or_on_chunks(model):
@@ -178,22 +183,21 @@ def test_saved_and_loaded(model, tmp_path):
     for name, value in loaded.state_dict().items():
         assert torch.equal(value, model.state_dict()[name].half().float())
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="has no model.safetensors; remake it"):
+    with pytest.raises(FileNotFoundError, match="has no model.safetensors; make it"):
+        load_reconstructor(config)
+    save_file({"other.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"not the weights of the TinyLRM .* 1 unknown \(other.weight\)"):
+        load_reconstructor(config)
+    (tmp_path / "config.json").write_text('{"depth": 3}')
+    with pytest.raises(ValueError, match="is not a configuration of TinyLRM .*depth.*make it"):
         load_reconstructor(config)
 
 
-def test_rendering_many_points_of_many_scenes_keeps_their_order(model):
-    """More points than are decoded at a time, in more than one scene: each stays with its own."""
+def test_many_points_of_many_scenes_keep_their_order(model):
+    """More points than are decoded at a time, in more than one scene: each gets the values of its own scene."""
     planes = torch.randn(2, 3, 4, 16, 16)
     points = torch.rand(2, 5000, 3) * 2 - 1
     density, colour = model.field(planes)(points)
     for b in range(2):
         alone = model.field(planes[b : b + 1])(points[b : b + 1])
         assert torch.allclose(density[b], alone[0][0], atol=1e-6) and torch.allclose(colour[b], alone[1][0], atol=1e-6)
-
-
-def test_camera_sets_move_and_expand():
-    cameras = instant3d_cameras()
-    assert len(cameras) == 4 and len(cameras[1]) == 1 and len(cameras[[0, 2]]) == 2
-    assert cameras.expand(3).c2w.shape == (3, 4, 4, 4)
-    assert isinstance(cameras.to(torch.float64), Cameras) and cameras.to(torch.float64).c2w.dtype == torch.float64

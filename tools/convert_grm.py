@@ -1,0 +1,27 @@
+"""Convert a published GRM file (grm_u.pth, grm_r.pth or grm_zero123plus.pth) to a folder that this project loads.
+
+    python -m tools.convert_grm SOURCE OUT
+
+Writes config.json and model.safetensors into the folder OUT, which then goes into config.recon.checkpoint, with
+config.recon.name = "grm". No code in SOURCE, which is a pickle, is run. Without success OUT is left as it was.
+"""
+
+import argparse
+
+from recon.grm_checkpoint import convert
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", help="the published file")
+    parser.add_argument("out", help="the folder to write")
+    args = parser.parse_args()
+    try:
+        unused = convert(args.source, args.out)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"tools.convert_grm: {error}") from None
+    print(f"Wrote {args.out}. Parameters of its configuration that are not needed: {', '.join(unused) or 'none'}.")
+
+
+if __name__ == "__main__":
+    main()
