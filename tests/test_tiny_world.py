@@ -19,7 +19,7 @@ from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
 from tiny import compare_runs
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
-from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
+from tiny.defects import DEFECTS, PALETTE, VIEW, add_defect, colour_shares, is_defective
 from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
 from tiny.objects import (
     COLOURS,
@@ -163,7 +163,7 @@ def test_captions_are_split_disjointly_and_the_files_hold_the_split():
 def test_a_defect_spoils_one_view_and_its_detector_finds_it(kind, world):
     captions, objects, views = world
     before = views.clone()
-    spoilt = spoil(kind, objects, captions, views, torch.Generator().manual_seed(0))
+    spoilt = add_defect(kind, objects, captions, views, torch.Generator().manual_seed(0))
     assert torch.equal(views, before) and torch.equal(spoilt[:, :VIEW], views[:, :VIEW])
     assert is_defective(kind, views).float().mean() < 0.05  # false alarms
     assert (~is_defective(kind, spoilt)).float().mean() < 0.05  # missed
@@ -176,7 +176,7 @@ def test_detectors_bear_soft_pictures(kind, world):
     def soft(x):
         return F.avg_pool2d(F.pad(x.flatten(0, 1), [1] * 4, value=1.0), 3, stride=1).reshape(x.shape)
 
-    spoilt = spoil(kind, objects, captions, views, torch.Generator().manual_seed(0))
+    spoilt = add_defect(kind, objects, captions, views, torch.Generator().manual_seed(0))
     assert is_defective(kind, soft(views)).float().mean() < 0.05
     assert (~is_defective(kind, soft(spoilt))).float().mean() < 0.05
 
@@ -185,7 +185,7 @@ def test_defects_are_reproducible(world):
     captions, objects, views = world
 
     def draw(seed):
-        return spoil("other", objects[:4], captions[:4], views[:4], torch.Generator().manual_seed(seed))
+        return add_defect("other", objects[:4], captions[:4], views[:4], torch.Generator().manual_seed(seed))
 
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
@@ -193,7 +193,7 @@ def test_defects_are_reproducible(world):
 def test_an_unknown_defect_is_refused(world):
     captions, objects, views = world
     with pytest.raises(ValueError, match="'holes' is unknown; choose one of colour"):
-        spoil("holes", objects, captions, views, torch.Generator())
+        add_defect("holes", objects, captions, views, torch.Generator())
     with pytest.raises(ValueError, match="'holes' is unknown"):
         is_defective("holes", views)
 
@@ -242,7 +242,7 @@ class Truthful:
 
 def test_the_truth_is_judged_as_true(world):
     captions, objects, views = world
-    spoilt = spoil("colour", objects, captions, views, torch.Generator().manual_seed(0))
+    spoilt = add_defect("colour", objects, captions, views, torch.Generator().manual_seed(0))
     good, bad = (judge(x, captions, "colour", Truthful(captions, 4)) for x in (views, spoilt))
     for verdict in (good, bad):  # the spoilt view is left out
         assert verdict["colours"].mean() > 0.97 and (verdict["classifier"] == 1).all() and (verdict["empty"] == 0).all()
@@ -263,7 +263,7 @@ def test_empty_views_are_counted(world):
 
 def test_a_run_is_judged_from_its_validation_files(world, tmp_path):
     captions, objects, views = (x[:8] for x in world)
-    spoilt = spoil("colour", objects, captions, views, torch.Generator().manual_seed(0))
+    spoilt = add_defect("colour", objects, captions, views, torch.Generator().manual_seed(0))
     (tmp_path / "validation").mkdir()
     for epoch, pictures in ((0, spoilt), (5, spoilt), (20, views)):
         np.savez(
