@@ -183,7 +183,7 @@ def test_a_defect_changes_only_view_3_and_is_detected(kind, world):
     assert (~is_defective(kind, defective)).float().mean() < 0.05  # misses
 
 
-@pytest.mark.parametrize("kind", ["colour", "size", "other"])  # blur hides small parts, as if they were missing
+@pytest.mark.parametrize("kind", ["colour", "size", "other"])  # occluded and missing primitives are hard to tell apart
 def test_detectors_work_on_blurred_views(kind, world):
     captions, objects, views = world
 

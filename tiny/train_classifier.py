@@ -21,8 +21,8 @@ from tiny.captions import held_out
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.objects import PALETTE, SHAPES, build, fixed_views, random_objects, render
 from tiny.train_lrm import blurred, through_vae
-from tiny.train_vae import FOLDER, load_vae
-from tiny.training import WEIGHTS, fit, start_training, training_parser
+from tiny.train_vae import VAE_FOLDER, load_vae
+from tiny.training import WEIGHTS, LossFunction, fit, start_training, training_parser
 
 VISIBLE = 12  # pixels; a primitive counts as visible if it covers more
 
@@ -70,7 +70,9 @@ def prepare(folder: Path, count: int) -> tuple[torch.Tensor, torch.Tensor, torch
     return data["shading"].flatten(0, 1), data["coverage"].flatten(0, 1), data["shapes"].repeat_interleave(4, 0)
 
 
-def make_loss(data: tuple[torch.Tensor, torch.Tensor, torch.Tensor], vae: AutoencoderKL | None, batch: int = 64):
+def make_loss(
+    data: tuple[torch.Tensor, torch.Tensor, torch.Tensor], vae: AutoencoderKL | None, batch: int = 64
+) -> LossFunction:
     """The loss for `fit`; data: from `prepare`; vae: None trains without its reconstructions; batch: views per step."""
 
     def loss_fn(model, _step, generator):
@@ -115,7 +117,7 @@ def main() -> None:
     parser = training_parser(__doc__, steps=1150)  # the shipped weights: step 1146 of 1400, see weights/README.md
     parser.add_argument("--objects", type=int, default=2000, help="number of objects (default: %(default)s)")
     args = start_training(parser, "classifier")
-    vae = load_vae().bfloat16().eval() if FOLDER.exists() else None
+    vae = load_vae().bfloat16().eval() if VAE_FOLDER.exists() else None
     loss_fn = make_loss(prepare(args.folder, args.objects), vae)
     classifier = fit(args.folder, Classifier(), loss_fn, args.steps, lr=3e-3, ema_decay=0.995)
     print(evaluate(classifier, vae))

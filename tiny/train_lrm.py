@@ -17,8 +17,8 @@ from recon.cameras import Cameras, instant3d_cameras, rays
 from recon.tiny_lrm import TinyLRM
 from recon.volume_rendering import render_rays
 from tiny.objects import build, novel_cameras, random_caption, random_objects, render
-from tiny.train_vae import FOLDER, load_vae
-from tiny.training import WEIGHTS, fit, psnr, start_training, training_parser
+from tiny.train_vae import VAE_FOLDER, load_vae
+from tiny.training import WEIGHTS, LossFunction, fit, psnr, start_training, training_parser
 
 COARSE, FINE, RAYS = 16, 16, 640  # depths per ray of the two passes, rays per object
 
@@ -60,7 +60,7 @@ def sample_rays(
     return take(origins), take(directions), take(colour), foreground.flatten(1).gather(1, pick)
 
 
-def make_loss(vae: AutoencoderKL | None, batch: int = 6):
+def make_loss(vae: AutoencoderKL | None, batch: int = 6) -> LossFunction:
     """The loss for `fit`; vae: None trains without its reconstructions; batch: objects per step."""
     fixed = instant3d_cameras()
 
@@ -111,7 +111,9 @@ def evaluate(model: TinyLRM, count: int = 32) -> dict[str, float]:
 
 def main() -> None:
     parser = training_parser(__doc__, steps=2800)
-    parser.add_argument("--vae", default=str(FOLDER), help="folder of the VAE; '' trains without its reconstructions")
+    parser.add_argument(
+        "--vae", default=str(VAE_FOLDER), help="folder of the VAE; '' trains without its reconstructions"
+    )
     args = start_training(parser, "lrm")
     vae = load_vae(args.vae).eval().requires_grad_(False) if args.vae else None
     model = fit(args.folder, TinyLRM(), make_loss(vae), args.steps, lr=2e-3, ema_decay=0.995)

@@ -31,7 +31,7 @@ from tiny.captions import random_training_captions
 from tiny.objects import all_captions, build, fixed_views
 from tiny.train_vae import encode as encode_images
 from tiny.train_vae import load_vae
-from tiny.training import WEIGHTS, fit, start_training, training_parser
+from tiny.training import WEIGHTS, LossFunction, fit, start_training, training_parser
 
 GRID = 128  # pixels
 MAX_TOKENS = 24
@@ -184,7 +184,7 @@ def training_set(
     return captions, torch.cat(latents)
 
 
-def make_loss(captions: list[str], latents: torch.Tensor, tokenizer: CLIPTokenizer, batch: int = 64):
+def make_loss(captions: list[str], latents: torch.Tensor, tokenizer: CLIPTokenizer, batch: int = 64) -> LossFunction:
     """The loss for `fit`: velocity prediction on N captions and latents (N, ...), with 10 % of the captions dropped."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
     alphas = DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod

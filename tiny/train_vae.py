@@ -21,9 +21,9 @@ from diffusers import AutoencoderKL
 
 from mrc.sanity_rewards import tile_views
 from tiny.objects import fixed_views, random_objects
-from tiny.training import WEIGHTS, fit, psnr, start_training, training_parser
+from tiny.training import WEIGHTS, LossFunction, fit, psnr, start_training, training_parser
 
-FOLDER = WEIGHTS / "painter" / "vae"
+VAE_FOLDER = WEIGHTS / "painter" / "vae"
 
 VAE_CONFIG = dict(
     in_channels=3,
@@ -44,7 +44,7 @@ NOISE = 0.25  # largest standard deviation of the noise that is added to the lat
 CROP = 48  # pixels
 
 
-def load_vae(folder: str | Path = FOLDER) -> AutoencoderKL:
+def load_vae(folder: str | Path = VAE_FOLDER) -> AutoencoderKL:
     """The trained VAE in float32. Raises FileNotFoundError if `folder` has no config.json."""
     if not (Path(folder) / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json of a VAE; train it with `python -m tiny.train_vae`.")
@@ -67,7 +67,7 @@ def crop(views: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return views[..., top : top + CROP, left : left + CROP]
 
 
-def make_loss(steps: int, crops: int = 24, grids: int = 4):
+def make_loss(steps: int, crops: int = 24, grids: int = 4) -> LossFunction:
     """The loss for `fit`; crops, grids: batch sizes of the two halves of a training of `steps`."""
     pool = {}
 
@@ -151,7 +151,7 @@ def main() -> None:
     vae = fit(args.folder, vae, make_loss(args.steps), args.steps, lr=2e-3, ema_decay=0.995)
     normalise(vae)
     print(evaluate(vae), flush=True)
-    copy.deepcopy(vae).half().save_pretrained(FOLDER)
+    copy.deepcopy(vae).half().save_pretrained(VAE_FOLDER)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch.nn as nn
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
 RUNS = ROOT / "runs"
+LossFunction = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]  # see `fit`
 
 
 def training_parser(description: str, steps: int) -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def start_training(parser: argparse.ArgumentParser, name: str) -> argparse.Names
 def fit(
     folder: str | Path,
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    loss_fn: LossFunction,
     steps: int,
     lr: float,
     ema_decay: float = 0.999,
