@@ -1,4 +1,4 @@
-"""The small world: exact pictures, captions and their split, defects and detectors, the arithmetic of the judgement."""
+"""The small world: exact renders, captions and their split, defects and detectors, the evaluation of runs."""
 
 import json
 import math
@@ -17,12 +17,14 @@ from diffusers_patch.rollout import rollout
 from mrc.sanity_rewards import tile_views
 from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
-from tiny import compare_runs
+from tiny import compare_runs, train_mvdream, train_painter
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
-from tiny.defects import DEFECTS, PALETTE, VIEW, colour_shares, is_defective, spoil
-from tiny.evaluate import compare, evaluate_run, judge, paired_t_test, table
+from tiny.defects import DEFECTS, VIEW, add_defect, colour_shares, is_defective
+from tiny.evaluate import compare, evaluate_run, evaluate_views, main, paired_p_value, table
 from tiny.objects import (
+    COLOUR_NAMES,
     COLOURS,
+    PALETTE,
     SHAPES,
     Primitives,
     all_captions,
@@ -32,13 +34,14 @@ from tiny.objects import (
     random_caption,
     render,
 )
-from tiny.training import WEIGHTS
+from tiny.train_vae import load_vae
+from tiny.training import WEIGHTS, fit
 
 SPLIT = caption_files.split()
 
 
 def single(shape, half=0.5, centre=(0.0, 0.0, 0.0), yaw=0.0):
-    """One gray primitive."""
+    """An object of one gray primitive."""
     return Primitives(
         torch.tensor([[SHAPES.index(shape)]]),
         torch.full((1, 1, 3), 0.5),
@@ -50,14 +53,14 @@ def single(shape, half=0.5, centre=(0.0, 0.0, 0.0), yaw=0.0):
 
 @pytest.fixture(scope="module")
 def world():
-    """Objects of 40 captions that reinforcement learning never trains on, and their views."""
+    """40 held-out captions, an object of each, and its views."""
     generator = torch.Generator().manual_seed(3)
     captions = SPLIT["test"][:40]
     objects = build(captions, generator)
     return captions, objects, fixed_views(objects)
 
 
-def test_silhouette_of_a_centred_sphere_is_the_tangent_cones_disc():
+def test_silhouette_of_a_centred_sphere_has_the_area_of_its_tangent_cone():
     coverage = render(single("sphere", 0.6), instant3d_cameras(), size=128)[1]
     sine = 0.6 / 2.7
     focal = 0.5 / math.tan(math.radians(25))
@@ -65,7 +68,7 @@ def test_silhouette_of_a_centred_sphere_is_the_tangent_cones_disc():
     assert coverage.mean((-2, -1)).flatten() == pytest.approx([expected] * 4, rel=0.01)
 
 
-def test_spheres_stand_where_the_cameras_project_their_centres():
+def test_spheres_are_rendered_where_the_cameras_project_their_centres():
     centre = (0.3, -0.2, 0.4)
     coverage = render(single("sphere", 0.1, centre), instant3d_cameras(), size=128)[1][0, :, 0]
     pixel = (torch.arange(128) + 0.5) / 128
@@ -77,7 +80,7 @@ def test_spheres_stand_where_the_cameras_project_their_centres():
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_silhouettes_are_the_projections_of_points_on_the_surface(shape):
-    """The silhouette is the convex hull of the projected surface; points of the surface are drawn here on their own."""
+    """Points of the surface, sampled independently of the renderer, must project into the silhouette and fill it."""
     u = torch.linspace(0, 2 * math.pi, 300)[:, None]
     z = torch.linspace(-1, 1, 81)
     radius = {"sphere": (1 - z**2).sqrt(), "cylinder": torch.full_like(z, 0.85), "cone": (1 - z) / 2}.get(shape)
@@ -85,7 +88,7 @@ def test_silhouettes_are_the_projections_of_points_on_the_surface(shape):
         a, b, c = torch.meshgrid(*[torch.linspace(-1, 1, 50)] * 3, indexing="ij")
         local = torch.stack([0.85 * a, 0.85 * b, c], -1).reshape(-1, 3)
     else:
-        fill = torch.linspace(0, 1, 12)[:, None, None] * radius  # discs, to fill the silhouette
+        fill = torch.linspace(0, 1, 12)[:, None, None] * radius  # points inside count too: they fill the silhouette
         local = torch.stack([fill * u.cos(), fill * u.sin(), z.expand(12, 300, 81)], -1).reshape(-1, 3)
     yaw, half = 0.7, 0.6
     turn = torch.tensor([[math.cos(yaw), math.sin(yaw), 0.0], [-math.sin(yaw), math.cos(yaw), 0.0], [0.0, 0.0, 1.0]])
@@ -98,16 +101,16 @@ def test_silhouettes_are_the_projections_of_points_on_the_surface(shape):
     assert ((hit == 0) & (coverage > 0.3)).sum() == 0
 
 
-def test_a_nearer_part_hides_a_farther_one():
+def test_a_near_primitive_occludes_a_far_one():
     toward_camera = instant3d_cameras().c2w[2, :3, 3]
     near = torch.stack([0.3 * toward_camera, torch.zeros(3)])[None]
     colour = torch.tensor([[COLOURS["red"], COLOURS["blue"]]])
     objects = Primitives(torch.ones(1, 2, dtype=torch.long), colour, near, torch.tensor([[0.4, 0.3]]), torch.zeros(1))
     share = colour_shares(render(objects, instant3d_cameras())[0])[0]
-    assert share[2, list(COLOURS).index("red")] == 1 and share[0, list(COLOURS).index("blue")] > 0.3
+    assert share[2, COLOUR_NAMES.index("red")] == 1 and share[0, COLOUR_NAMES.index("blue")] > 0.3
 
 
-def test_pictures_are_white_outside_and_views_round_trip_through_the_grid(world):
+def test_background_is_white_and_views_survive_tiling_into_a_grid_and_splitting(world):
     _, objects, views = world
     images, coverage = render(objects[:4], instant3d_cameras())
     assert (images[(coverage == 0).expand_as(images)] == 1).all()
@@ -115,23 +118,23 @@ def test_pictures_are_white_outside_and_views_round_trip_through_the_grid(world)
     assert torch.equal(tile_views(views)[:, :, :64, 64:], views[:, 1])  # reading order
 
 
-def test_captions_can_be_parsed_back():
-    things, relations = parse_caption("a red cube on top of an orange sphere next to a gray cone")
-    assert things == [("red", "cube"), ("orange", "sphere"), ("gray", "cone")] and relations == ["on top of", "next to"]
+def test_captions_are_parsed_into_what_they_were_written_from():
+    named, relations = parse_caption("a red cube on top of an orange sphere next to a gray cone")
+    assert named == [("red", "cube"), ("orange", "sphere"), ("gray", "cone")] and relations == ["on top of", "next to"]
     for caption in all_captions():
-        things, relations = parse_caption(caption)
-        words = [("an " if colour[0] in "aeiou" else "a ") + f"{colour} {shape}" for colour, shape in things]
+        named, relations = parse_caption(caption)
+        words = [("an " if colour[0] in "aeiou" else "a ") + f"{colour} {shape}" for colour, shape in named]
         assert caption == f" {relations[0]} ".join(words) if relations else caption == words[0]
     assert len(set(all_captions())) == len(all_captions()) == 32 + 2 * 32 * 28
 
 
 @pytest.mark.parametrize("caption", ["a red dog", "", "a red cube a blue cone"])
-def test_a_caption_of_something_else_is_refused(caption):
+def test_captions_from_outside_the_small_world_are_rejected(caption):
     with pytest.raises(ValueError, match="does not describe an object"):
         parse_caption(caption)
 
 
-def test_objects_are_what_their_captions_say():
+def test_objects_match_their_captions():
     captions = ["a red cube on top of a blue sphere", "a green cone next to a gray cylinder", "a cyan cube"]
     objects = build(captions, torch.Generator().manual_seed(0))
     shapes = [[SHAPES[s] for s in row] for row in objects.shape[:2, :2].tolist()]
@@ -144,14 +147,14 @@ def test_objects_are_what_their_captions_say():
     assert apart > objects.size[1, :2].sum()
 
 
-def test_every_object_fits_into_the_views():
+def test_objects_do_not_touch_the_border_of_their_views():
     generator = torch.Generator().manual_seed(1)
     views = fixed_views(build([random_caption(generator) for _ in range(24)], generator))
     border = torch.cat([views[..., 0, :], views[..., -1, :], views[..., :, 0], views[..., :, -1]], -1)
     assert (border == 1).all()
 
 
-def test_captions_are_split_disjointly_and_the_files_hold_the_split():
+def test_caption_split_is_disjoint_and_matches_the_files():
     every = [caption for captions in SPLIT.values() for caption in captions]
     assert len(set(every)) == len(every) == 48 + 64 + 128
     assert caption_files.held_out() == set(SPLIT["validation"]) | set(SPLIT["test"])
@@ -159,41 +162,52 @@ def test_captions_are_split_disjointly_and_the_files_hold_the_split():
         assert (caption_files.FOLDER / f"{name}.txt").read_text().splitlines() == captions
 
 
+def test_random_training_captions_are_not_held_out():
+    def draw(min_primitives):
+        return caption_files.random_training_captions(600, torch.Generator().manual_seed(0), min_primitives)
+
+    generator = torch.Generator().manual_seed(0)
+    assert caption_files.held_out() & {random_caption(generator) for _ in range(600)}  # some would be, by chance
+    assert not caption_files.held_out() & set(draw(1))
+    assert {len(parse_caption(caption)[0]) for caption in draw(1)} == {1, 2, 3}
+    assert {len(parse_caption(caption)[0]) for caption in draw(2)} == {2, 3}
+
+
 @pytest.mark.parametrize("kind", DEFECTS)
-def test_a_defect_spoils_one_view_and_its_detector_finds_it(kind, world):
+def test_a_defect_changes_only_view_3_and_is_detected(kind, world):
     captions, objects, views = world
     before = views.clone()
-    spoilt = spoil(kind, objects, captions, views, torch.Generator().manual_seed(0))
-    assert torch.equal(views, before) and torch.equal(spoilt[:, :VIEW], views[:, :VIEW])
+    defective = add_defect(kind, objects, captions, views, torch.Generator().manual_seed(0))
+    assert torch.equal(views, before) and torch.equal(defective[:, :VIEW], views[:, :VIEW])
     assert is_defective(kind, views).float().mean() < 0.05  # false alarms
-    assert (~is_defective(kind, spoilt)).float().mean() < 0.05  # missed
+    assert (~is_defective(kind, defective)).float().mean() < 0.05  # misses
 
 
-@pytest.mark.parametrize("kind", ["colour", "size", "other"])  # a hidden part and a missing one are hard to tell apart
-def test_detectors_bear_soft_pictures(kind, world):
+@pytest.mark.parametrize("kind", ["colour", "size", "other"])  # occluded and missing primitives are hard to tell apart
+def test_detectors_work_on_blurred_views(kind, world):
     captions, objects, views = world
 
-    def soft(x):
+    def blur(x):
         return F.avg_pool2d(F.pad(x.flatten(0, 1), [1] * 4, value=1.0), 3, stride=1).reshape(x.shape)
 
-    spoilt = spoil(kind, objects, captions, views, torch.Generator().manual_seed(0))
-    assert is_defective(kind, soft(views)).float().mean() < 0.05
-    assert (~is_defective(kind, soft(spoilt))).float().mean() < 0.05
+    defective = add_defect(kind, objects, captions, views, torch.Generator().manual_seed(0))
+    assert is_defective(kind, blur(views)).float().mean() < 0.05
+    assert (~is_defective(kind, blur(defective))).float().mean() < 0.05
 
 
-def test_defects_are_reproducible(world):
+def test_defects_depend_only_on_the_generator(world):
     captions, objects, views = world
 
     def draw(seed):
-        return spoil("other", objects[:4], captions[:4], views[:4], torch.Generator().manual_seed(seed))
+        return add_defect("other", objects[:4], captions[:4], views[:4], torch.Generator().manual_seed(seed))
 
     assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))
 
 
-def test_an_unknown_defect_is_refused(world):
+def test_an_unknown_defect_is_rejected(world):
     captions, objects, views = world
     with pytest.raises(ValueError, match="'holes' is unknown; choose one of colour"):
-        spoil("holes", objects, captions, views, torch.Generator())
+        add_defect("holes", objects, captions, views, torch.Generator())
     with pytest.raises(ValueError, match="'holes' is unknown"):
         is_defective("holes", views)
 
@@ -204,7 +218,7 @@ def test_an_empty_last_view_is_defective(world):
     assert is_defective("colour", views).all() and is_defective("size", views).all()
 
 
-def test_colour_shares_see_through_shading():
+def test_colour_shares_ignore_shading():
     views = torch.ones(8, 3, 64, 64)
     views[:, :, 10:30, 10:50] = PALETTE[:, :, None, None]
     views[:, :, 30:50, 10:50] = 0.55 * PALETTE[:, :, None, None]
@@ -212,13 +226,25 @@ def test_colour_shares_see_through_shading():
     assert torch.equal(colour_shares(torch.ones(1, 3, 64, 64)), torch.zeros(1, 8))
 
 
-def test_paired_t_test():
-    mean, error, p = paired_t_test(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64))
-    assert mean == 3 and error == pytest.approx(math.sqrt(2.5 / 5)) and p == pytest.approx(0.01324, rel=1e-3)
-    assert paired_t_test(torch.zeros(4))[2] == 1.0
+def test_paired_p_value():
+    before = torch.tensor([5.0, 1.0, 2.0, 0.0, 3.0], dtype=torch.float64)
+    change = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0], dtype=torch.float64)
+    assert paired_p_value(before, before + change) == pytest.approx(0.01324, rel=1e-3)  # t = 3 / sqrt(0.5), 4 degrees
+    assert paired_p_value(before, before) == 1.0
+    assert paired_p_value(before, before + 1) == 0.0
 
 
-def test_comparison_counts_broken_and_repaired_grids():
+def test_comparison_reports_standard_errors_of_means_and_paired_differences():
+    before = {"reward": torch.tensor([-3.0, -2.0, -1.0]), "defective": torch.tensor([1.0, 0.0, 0.0])}
+    after = {"reward": torch.tensor([-2.0, -1.0, 1.0]), "defective": torch.tensor([1.0, 0.0, 0.0])}
+    reward = compare(before, after)["reward"]
+    assert reward["before"] == -2 and reward["before_se"] == pytest.approx(1 / math.sqrt(3))
+    assert reward["difference"] == pytest.approx(4 / 3)
+    assert reward["difference_se"] == pytest.approx(1 / 3)  # of 1, 1, 2
+    assert reward["p"] == pytest.approx(0.0572, rel=1e-2)  # t = 4, 2 degrees of freedom
+
+
+def test_comparison_counts_broken_and_repaired_samples():
     before = {"reward": torch.tensor([-0.2, -0.2, -0.1, -0.1]), "defective": torch.tensor([1.0, 1.0, 0.0, 0.0])}
     after = {"reward": torch.tensor([-0.1, -0.2, -0.1, -0.1]), "defective": torch.tensor([0.0, 1.0, 0.0, 1.0])}
     result = compare(before, after)
@@ -229,8 +255,8 @@ def test_comparison_counts_broken_and_repaired_grids():
     assert "good grids broken: 1 of 2 (50.0 %)" in table(result) and "+16.7 %" in table(result)
 
 
-class Truthful:
-    """Stands in for the classifier: sure of the pairs it was told."""
+class StubClassifier:
+    """Stands in for the classifier: gives confident, correct answers for `captions`, with `views` views each."""
 
     def __init__(self, captions, views):
         self.answers = pair_labels(captions).repeat_interleave(views, 0)
@@ -240,35 +266,41 @@ class Truthful:
         return 10 * answer - 5
 
 
-def test_the_truth_is_judged_as_true(world):
+def test_exact_views_are_evaluated_as_correct(world):
     captions, objects, views = world
-    spoilt = spoil("colour", objects, captions, views, torch.Generator().manual_seed(0))
-    good, bad = (judge(x, captions, "colour", Truthful(captions, 4)) for x in (views, spoilt))
-    for verdict in (good, bad):  # the spoilt view is left out
-        assert verdict["colours"].mean() > 0.97 and (verdict["classifier"] == 1).all() and (verdict["empty"] == 0).all()
+    defective = add_defect("colour", objects, captions, views, torch.Generator().manual_seed(0))
+    good, bad = (evaluate_views(x, captions, "colour", StubClassifier(captions, 4)) for x in (views, defective))
+    for result in (good, bad):  # the defective view is left out
+        assert result["colours"].mean() > 0.97 and (result["classifier"] == 1).all() and (result["empty"] == 0).all()
     assert good["defective"].mean() < 0.05 and bad["defective"].mean() > 0.95
     assert (good["foreground"] / bad["foreground"] - 1).abs().max() < 0.3
     others = captions[1:] + captions[:1]
-    wrong = judge(views, others, "colour", Truthful(captions, 4))
+    wrong = evaluate_views(views, others, "colour", StubClassifier(captions, 4))
     assert wrong["colours"].mean() < 0.5 and wrong["classifier"].mean() < 0.3
 
 
-def test_empty_views_are_counted(world):
+def test_samples_with_an_empty_view_are_counted(world):
     captions, _, views = world
     blank = views[:3].clone()
     blank[0, 1] = 1
-    verdict = judge(blank, captions[:3], "colour", Truthful(captions[:3], 4))
-    assert verdict["empty"].tolist() == [1, 0, 0]
+    result = evaluate_views(blank, captions[:3], "colour", StubClassifier(captions[:3], 4))
+    assert result["empty"].tolist() == [1, 0, 0]
 
 
-def test_a_run_is_judged_from_its_validation_files(world, tmp_path):
+def save_validation(folder, epoch, **arrays):
+    """Write validation/epoch_XXXX.npz of the run in `folder`."""
+    (folder / "validation").mkdir(exist_ok=True)
+    np.savez(folder / "validation" / f"epoch_{epoch:04d}.npz", **arrays)
+
+
+def test_a_run_is_evaluated_from_its_first_and_last_validation(world, tmp_path):
     captions, objects, views = (x[:8] for x in world)
-    spoilt = spoil("colour", objects, captions, views, torch.Generator().manual_seed(0))
-    (tmp_path / "validation").mkdir()
-    for epoch, pictures in ((0, spoilt), (5, spoilt), (20, views)):
-        np.savez(
-            tmp_path / "validation" / f"epoch_{epoch:04d}.npz",
-            views=(255 * pictures).byte().numpy(),
+    defective = add_defect("colour", objects, captions, views, torch.Generator().manual_seed(0))
+    for epoch, images in ((0, defective), (5, defective), (20, views)):
+        save_validation(
+            tmp_path,
+            epoch,
+            views=(255 * images).byte().numpy(),
             rewards=np.full(8, epoch - 20.0),
             prompts=np.array(captions),
         )
@@ -276,22 +308,104 @@ def test_a_run_is_judged_from_its_validation_files(world, tmp_path):
     assert result["files"] == ["epoch_0000.npz", "epoch_0020.npz"] and result["samples"] == 8
     assert result["defective"]["before"] == 1 and result["defective"]["after"] == 0
     assert result["reward"]["difference"] == 20
-    assert json.loads((tmp_path / "judgement.json").read_text())["bad_grids_repaired"]["share"] == 1
-
-    lines = [
-        {"kind": kind, "epoch": epoch, "reward_mean": epoch - 20.0, "reward_standard_error": 1.0}
-        for kind in ("epoch", "validation")
-        for epoch in (0, 5, 20)
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert json.loads((tmp_path / "evaluation.json").read_text())["bad_grids_repaired"]["share"] == 1
     assert "| -20.000 ± 0.000 | 0.000 ± 0.000 | +100.0 % |" in compare_runs.row("run", result)
-    compare_runs.draw([tmp_path], tmp_path / "curves.png")
-    assert np.asarray(Image.open(tmp_path / "curves.png")).std() > 0
 
 
-def test_a_run_without_two_validations_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds 0 files"):
-        evaluate_run(tmp_path)
+def test_rewards_of_runs_are_plotted(tmp_path):
+    def plot(name, reward):
+        lines = [
+            {"kind": kind, "epoch": epoch, "reward_mean": reward * epoch, "reward_standard_error": 1.0}
+            for kind in ("epoch", "validation")
+            for epoch in (0, 5, 20)
+        ]
+        (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        compare_runs.plot([tmp_path], tmp_path / name)
+        return np.asarray(Image.open(tmp_path / name))
+
+    rising, flat = plot("rising.png", 1.0), plot("flat.png", 0.0)
+    assert rising.shape == flat.shape and (rising != flat).any()
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    """A run of four validation samples that can be evaluated."""
+    captions, _, views = (x[:4] for x in world)
+    arrays = dict(views=(255 * views).byte().numpy(), rewards=np.zeros(4), prompts=np.array(captions))
+    for epoch in (0, 4):
+        save_validation(tmp_path, epoch, **arrays)
+    (tmp_path / "metrics.jsonl").write_text("")
+    return tmp_path, arrays
+
+
+def truncate(run, _arrays):
+    file = run / "validation" / "epoch_0004.npz"
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+def flip_bytes(run, _arrays):
+    file = run / "validation" / "epoch_0004.npz"
+    content = bytearray(file.read_bytes())
+    content[2000:2100] = bytes(255 - byte for byte in content[2000:2100])
+    file.write_bytes(content)
+
+
+DAMAGES = {
+    "has 0 files": lambda run, _: [file.unlink() for file in (run / "validation").iterdir()],
+    "has 1 files": lambda run, _: (run / "validation" / "epoch_0004.npz").unlink(),
+    r"epoch_0004.npz is missing, damaged .*not a zip": truncate,
+    r"epoch_0004.npz is missing, damaged .*CRC": flip_bytes,
+    r"epoch_0004.npz is missing, damaged": lambda run, _: (run / "validation" / "epoch_0004.npz").write_bytes(b""),
+    r"epoch_0004.npz has no array rewards": lambda run, arrays: save_validation(
+        run, 4, views=arrays["views"], prompts=arrays["prompts"]
+    ),
+    r"epoch_0004.npz has views float64 .* uint8 \(N, 4, 3, S, S\)": lambda run, arrays: save_validation(
+        run, 4, **arrays | {"views": arrays["views"] / 255}
+    ),
+    r"epoch_0004.npz has .* one reward and one prompt": lambda run, arrays: save_validation(
+        run, 4, **arrays | {"rewards": np.zeros(3)}
+    ),
+    r"epoch_0004.npz has rewards that are not finite": lambda run, arrays: save_validation(
+        run, 4, **arrays | {"rewards": np.full(4, np.nan)}
+    ),
+    r"different prompts": lambda run, arrays: save_validation(run, 4, **arrays | {"prompts": arrays["prompts"][::-1]}),
+    r"epoch_0000.npz cannot be evaluated: Caption 'a dog'": lambda run, arrays: [
+        save_validation(run, epoch, **arrays | {"prompts": np.full(4, "a dog")}) for epoch in (0, 4)
+    ],
+}
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_damaged_runs_end_the_evaluation_with_one_sentence_and_status_1(message, run):
+    folder, arrays = run
+    DAMAGES[message](folder, arrays)
+    for command, arguments in (
+        (main, [str(folder)]),
+        (compare_runs.main, [str(folder), "--out", str(folder / "curves.png")]),
+    ):
+        with pytest.raises(SystemExit, match=message) as exit_info:
+            command(arguments)
+        assert isinstance(exit_info.value.code, str)  # Python prints it and exits with status 1
+        assert "\n" not in exit_info.value.code and exit_info.value.code.startswith("tiny.")
+    assert not (folder / "evaluation.json").exists()
+
+
+def test_the_evaluation_of_a_complete_run_is_printed(run, capsys):
+    folder, _ = run
+    main([str(folder)])
+    assert "good grids broken: 0 of 4" in capsys.readouterr().out and (folder / "evaluation.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content, message", [(None, "metrics.jsonl does not exist"), ('{"kind": "epoch"}\n{"ki', "Line 2 of .*not JSON")]
+)
+def test_damaged_metrics_end_the_comparison_with_one_sentence(content, message, run):
+    folder, _ = run
+    (folder / "metrics.jsonl").unlink()
+    if content:
+        (folder / "metrics.jsonl").write_text(content)
+    with pytest.raises(SystemExit, match=message):
+        compare_runs.main([str(folder), "--out", str(folder / "curves.png")])
 
 
 def test_classifier_saves_and_loads(world, tmp_path):
@@ -305,15 +419,58 @@ def test_classifier_saves_and_loads(world, tmp_path):
         Classifier.from_pretrained(tmp_path / "nowhere")
 
 
-def test_views_that_are_left_out_do_not_count(world):
+def test_the_classifier_ignores_excluded_views(world):
     captions, _, views = (x[:2] for x in world)
     answers = pair_labels(captions).repeat_interleave(4, 0)
     answers[3] = answers[7] = 1 - answers[3]
-    told = Truthful(captions, 4)
-    told.answers = 3 * answers
+    stub = StubClassifier(captions, 4)
+    stub.answers = 3 * answers
     use = torch.ones(2, 4, dtype=torch.bool)
     use[:, 3] = False
-    assert (caption_agreement(told, views, captions, use) == 1).all()
+    assert (caption_agreement(stub, views, captions, use) == 1).all()
+
+
+def test_an_interrupted_training_resumes_exactly(tmp_path):
+    def train(folder, interrupt_at=None):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(3, 1)
+
+        def loss_fn(model, step, generator):
+            if step == interrupt_at:
+                raise KeyboardInterrupt
+            x = torch.randn(8, 3, generator=generator)
+            return (model(x.bfloat16()).float() - x.sum(1, keepdim=True)).square().mean(), {}
+
+        return fit(folder, model, loss_fn, steps=12, lr=0.1, save_seconds=-1)
+
+    expected = train(tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "interrupted", interrupt_at=7)
+    resumed = train(tmp_path / "interrupted", interrupt_at=3)  # step 3 is not repeated
+    assert torch.equal(resumed.weight, expected.weight) and torch.equal(resumed.bias, expected.bias)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("painter", [train_painter, train_mvdream])
+def test_latents_of_the_training_set_decode_to_its_views(painter, world):
+    views, vae = world[2][:2], load_vae()
+    latents = painter.encode(vae, views) / vae.config.scaling_factor
+    if painter is train_painter:
+        decoded = split_grid(vae.decode(latents).sample)
+    else:
+        decoded = vae.decode(latents.flatten(0, 1)).sample.unflatten(0, (2, 4))
+    assert (decoded / 2 + 0.5 - views).square().mean() < 10**-2.5  # 25 dB
+
+
+@pytest.mark.parametrize("count", [0, 100, 750])
+def test_a_training_set_of_incomplete_parts_is_rejected(count, tmp_path):
+    with pytest.raises(ValueError, match=f"--objects is {count}; give a positive multiple of 500"):
+        train_painter.training_set(tmp_path, None, count, None)
+
+
+def test_a_missing_vae_is_reported_with_the_command_that_trains_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"train it with `python -m tiny.train_vae`"):
+        load_vae(tmp_path)
 
 
 def test_the_shipped_painter_is_an_ordinary_pipeline():
@@ -329,12 +486,12 @@ def test_the_shipped_painter_is_an_ordinary_pipeline():
 
 
 @torch.no_grad()
-def test_the_shipped_mvdream_paints_what_it_is_told():
+def test_the_shipped_mvdream_paints_the_colours_of_its_captions():
     config = validate(tiny.get_config("mvdream"), 1)
     policy = load_painter(config, "cpu")
     captions = ["a red cube next to a blue cone", "a purple sphere on top of a yellow cylinder"]
     noise = [torch.Generator().manual_seed(i) for i in range(2)]
     views = rollout(policy, captions, 8, config.sample.guidance_scale, 1.0, noise).views
     assert views.shape == (2, 4, 3, 64, 64)
-    verdict = judge(views, captions)
-    assert (verdict["colours"] == 1).all() and not verdict["empty"].any()
+    result = evaluate_views(views, captions)
+    assert (result["colours"] == 1).all() and not result["empty"].any()

@@ -1,11 +1,12 @@
-"""Several runs side by side: `python -m tiny.compare_runs logs/a logs/b ... --out curves.png`.
+"""Compare several runs: `python -m tiny.compare_runs logs/a logs/b ... --out curves.png`.
 
-Judges every run as tiny/evaluate.py does, prints one row for each, and draws their rewards: epoch by epoch, and on the
-validation captions with standard errors. For seeds beside their controls.
+Evaluates every run as tiny/evaluate.py does, prints a table with one row for each, and plots their rewards: on the
+training samples epoch by epoch, and on the validation captions with standard errors.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from tiny.classifier import Classifier
-from tiny.evaluate import evaluate_run
+from tiny.evaluate import evaluate_run, relative_change
 
 HEADER = (
     "| run | reward before | after | change | p | defective before | after | good ones broken | foreground | colours "
@@ -22,37 +23,50 @@ HEADER = (
 )
 
 
-def row(name, result):
-    """A line of a markdown table; percentages of the reward and foreground are relative, of the rest are points."""
+def row(name: str, result: dict) -> str:
+    """A row of the Markdown table under HEADER, from a result of `evaluate_run`.
+
+    Changes of reward and foreground are relative, those of colours and classifier in percentage points."""
     reward, defective = result["reward"], result["defective"]
     broken = result["good_grids_broken"]
     points = [
         f"{100 * result[key]['difference']:+.1f} ± {100 * result[key]['difference_se']:.1f}"
         for key in ("colours", "classifier")
     ]
-    return (
-        " | ".join(
-            [
-                f"| {name}",
-                f"{reward['before']:.3f} ± {reward['before_se']:.3f}",
-                f"{reward['after']:.3f} ± {reward['after_se']:.3f}",
-                f"{100 * reward['relative']:+.1f} %",
-                f"{reward['p']:.1g}",
-                f"{100 * defective['before']:.0f} %",
-                f"{100 * defective['after']:.0f} %",
-                f"{broken['count']} of {broken['of']}",
-                f"{100 * result['foreground']['relative']:+.1f} %",
-                *points,
-            ]
-        )
-        + " |"
-    )
+    cells = [
+        name,
+        f"{reward['before']:.3f} ± {reward['before_se']:.3f}",
+        f"{reward['after']:.3f} ± {reward['after_se']:.3f}",
+        relative_change(reward),
+        f"{reward['p']:.1g}",
+        f"{100 * defective['before']:.0f} %",
+        f"{100 * defective['after']:.0f} %",
+        f"{broken['count']} of {broken['of']}",
+        relative_change(result["foreground"]),
+        *points,
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
-def draw(runs, file):
+def read_metrics(run: Path) -> list[dict]:
+    """The lines of `run`/metrics.jsonl. Raises FileNotFoundError, or ValueError for a line that is not JSON."""
+    file = run / "metrics.jsonl"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; give the folder of a run of carve3d_train.py.")
+    lines = []
+    for number, text in enumerate(file.read_text().splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {file} is not JSON ({error}); resume the run to repair it.") from error
+    return lines
+
+
+def plot(runs: list[Path], file: str | Path) -> None:
+    """Plot the rewards of all runs, on training samples (left) and validation captions (right), into `file`."""
     figure, (epochs, validations) = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
     for run in runs:
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(run)
         sampled = [line for line in lines if line["kind"] == "epoch"]
         validated = [line for line in lines if line["kind"] == "validation"]
         epochs.plot([line["epoch"] for line in sampled], [line["reward_mean"] for line in sampled], label=run.name)
@@ -68,18 +82,23 @@ def draw(runs, file):
     validations.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
+    plt.close(figure)
 
 
-def main():
+def main(arguments: list[str] | None = None) -> None:
+    """The command; arguments: None for those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, logs/<run>")
-    parser.add_argument("--out", default="curves.png", help="picture to write")
-    args = parser.parse_args()
-    classifier = Classifier.from_pretrained()
-    print(HEADER + "\n|" + " --- |" * (HEADER.count("|") - 1))
-    for run in args.runs:
-        print(row(run.name, evaluate_run(run, classifier=classifier)), flush=True)
-    draw(args.runs, args.out)
+    parser.add_argument("--out", default="curves.png", help="file for the plot")
+    args = parser.parse_args(arguments)
+    try:
+        classifier = Classifier.from_pretrained()
+        print(HEADER + "\n|" + " --- |" * (HEADER.count("|") - 1))
+        for run in args.runs:
+            print(row(run.name, evaluate_run(run, classifier=classifier)), flush=True)
+        plot(args.runs, args.out)
+    except (OSError, ValueError) as error:
+        sys.exit(f"tiny.compare_runs: {error}")
 
 
 if __name__ == "__main__":

@@ -1,34 +1,47 @@
-"""Judge a run in the small world by the truth: `python -m tiny.evaluate logs/<run>`.
+"""Evaluate a run in the small world without a reconstruction: `python -m tiny.evaluate logs/<run>`.
 
 Reads the first and the last of `logs/<run>/validation/epoch_XXXX.npz` (views uint8 (N, 4, 3, S, S), rewards (N,),
-prompts (N,): the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
-`logs/<run>/judgement.json`. Apart from the reward itself nothing here uses a reconstruction: defects are found by
-comparing colours and areas of the views, and captions are checked with a classifier that was trained on exact pictures.
+prompts (N,), with the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
+`logs/<run>/evaluation.json`. Only the rewards, which are read from the files, come from a reconstruction: defects are
+detected by comparing the colours and areas of the views, and captions are checked by a classifier that was trained on
+exact renders. Exits with status 1 and one sentence if a file is missing or damaged.
 """
 
 import argparse
 import json
+import sys
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.stats import sem, ttest_1samp
+import torch.nn as nn
+from scipy.stats import sem, ttest_rel
 
+from config import base
 from mrc.bounding_box import foreground_mask
 from tiny.classifier import Classifier, caption_agreement
 from tiny.defects import DEFECTS, SHIPPED, VIEW, colour_shares, is_defective
-from tiny.objects import COLOURS, parse_caption
+from tiny.objects import COLOUR_NAMES, parse_caption
 
-MIN_FOREGROUND = 0.005  # share of the view; the default of config.mrc.min_foreground
+MIN_FOREGROUND = base.get_config().mrc.min_foreground  # share of the view; below it a view counts as empty
+UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)  # what damaged files raise
 
 
-def judge(views, captions, defect=SHIPPED, classifier=None):
-    """What the grids show, without reconstructing anything: a dict of tensors (N,).
+def evaluate_views(
+    views: torch.Tensor, captions: list[str], defect: str = SHIPPED, classifier: nn.Module | None = None
+) -> dict[str, torch.Tensor]:
+    """Measure N samples without reconstructing anything: {quantity: (N,)}.
 
-    views: (N, 4, 3, 64, 64) in [0, 1]; captions: N strings; defect: a key of DEFECTS; classifier: None = the shipped.
-    defective: 0 or 1; empty: 0 or 1, some view shows no object; foreground: mean share of the view that is foreground;
-    colours: share of the caption's colours that are the dominant ones; classifier: share of the caption's coloured
-    shapes that the classifier finds. The last three look at good views only: all four, or without the spoilt one."""
+    views: (N, 4, 3, S, S) in [0, 1]; defect: a key of DEFECTS; classifier: None for the shipped one. The quantities are
+        defective: 0 or 1, whether view 3 has the defect
+        empty: 0 or 1, whether some view shows no object
+        foreground: mean share of a view that is foreground
+        colours: share of the caption's colours that are dominant, see `colour_agreement`
+        classifier: share of the caption's coloured shapes that the classifier finds
+    The last three are averages over the good views: all four, or the first three of a defective sample. Raises
+    ValueError for an unknown defect and for captions from outside the small world."""
     views = views.float()
     defective = is_defective(defect, views)
     area = foreground_mask(views).float().mean((-2, -1))
@@ -43,37 +56,39 @@ def judge(views, captions, defect=SHIPPED, classifier=None):
     }
 
 
-def colour_agreement(views, captions, use):
-    """Of the K colours in a caption, the share that is among the K most frequent of the sample: (N,) in [0, 1].
+def colour_agreement(views: torch.Tensor, captions: list[str], use: torch.Tensor) -> torch.Tensor:
+    """Share of the K colours in a caption that are among the K most frequent of its sample: (N,) in [0, 1].
 
-    views: (N, V, 3, S, S); use: (N, V) bool, the views to look at."""
+    views: (N, V, 3, S, S) in [0, 1]; use: (N, V) bool, the views to include."""
     share = (colour_shares(views) * use[..., None]).sum(1)
     agreement = []
     for n, caption in enumerate(captions):
-        wanted = {list(COLOURS).index(colour) for colour, _ in parse_caption(caption)[0]}
+        wanted = {COLOUR_NAMES.index(colour) for colour, _ in parse_caption(caption)[0]}
         seen = {k for k in share[n].topk(len(wanted)).indices.tolist() if share[n, k] > 0}
         agreement.append(len(wanted & seen) / len(wanted))
     return torch.tensor(agreement)
 
 
-def compare(before, after):
-    """Before and after, paired by sample: {quantity: {before, after, difference, their standard errors, p}} and counts.
+def compare(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """Compare N samples before and after, paired by caption and noise.
 
-    before, after: dicts of tensors (N,), N >= 2, as of `judge`, with "reward" added. "relative" is the difference in
-    units of |before|, None if that is 0; p is that of the paired t-test, two-sided."""
+    before, after: the quantities (N,) of `evaluate_views` and "reward", N >= 2. Returns, for every quantity, its means,
+    their standard errors ("before_se", "after_se"), the mean difference and its standard error ("difference_se"), the
+    difference in units of |before| ("relative", None if that is 0) and the two-sided p value of the paired t-test; and
+    the counts "good_grids_broken" and "bad_grids_repaired"."""
     result = {}
     for name in before:
         a, b = before[name].double(), after[name].double()
-        mean, error, p = paired_t_test(b - a)
+        difference = float((b - a).mean())
         result[name] = {
             "before": float(a.mean()),
             "before_se": float(sem(a)),
             "after": float(b.mean()),
             "after_se": float(sem(b)),
-            "difference": mean,
-            "difference_se": error,
-            "relative": mean / abs(float(a.mean())) if a.mean() != 0 else None,
-            "p": p,
+            "difference": difference,
+            "difference_se": float(sem(b - a)),
+            "relative": difference / abs(float(a.mean())) if a.mean() != 0 else None,
+            "p": paired_p_value(a, b),
         }
     good = before["defective"] == 0
     result["good_grids_broken"] = _count(after["defective"][good] == 1)
@@ -81,69 +96,109 @@ def compare(before, after):
     return result
 
 
+def paired_p_value(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Two-sided p value of the paired t-test of (N,) and (N,), N >= 2.
+
+    1 if nothing changed and 0 if everything changed by the same amount, where scipy would divide by zero."""
+    difference = after - before
+    if (difference == difference[0]).all():
+        return 1.0 if difference[0] == 0 else 0.0
+    return float(ttest_rel(after.numpy(), before.numpy()).pvalue)
+
+
 def _count(happened):
     return {"count": int(happened.sum()), "of": len(happened), "share": int(happened.sum()) / max(1, len(happened))}
 
 
-def paired_t_test(differences):
-    """Mean, standard error and two-sided p value of paired differences (N,), N >= 2."""
-    mean, error = float(differences.mean()), float(sem(differences))
-    if error == 0:
-        return mean, error, 1.0 if mean == 0 else 0.0
-    return mean, error, float(ttest_1samp(differences.numpy(), 0).pvalue)
+def relative_change(row: dict) -> str:
+    """The relative change of one quantity in a result of `compare`, "+1.0 %"; empty if it was 0 before."""
+    return "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
 
 
-def table(result):
-    """The comparison as text, one quantity per line."""
+def table(result: dict[str, dict]) -> str:
+    """The result of `compare` as text, one quantity per line."""
     lines = [f"{'':12s}{'before':>18s}{'after':>18s}{'difference':>20s}{'relative':>10s}{'p':>10s}"]
     for name, row in result.items():
         if "before" in row:
             before, after, change = (f"{row[k]:.4f} ± {row[k + '_se']:.4f}" for k in ("before", "after", "difference"))
-            relative = "" if row["relative"] is None else f"{100 * row['relative']:+.1f} %"
+            relative = relative_change(row)
             lines.append(f"{name:12s}{before:>18s}{after:>18s}{change:>20s}{relative:>10s}{row['p']:>10.2g}")
         else:
             lines.append(f"{name.replace('_', ' ')}: {row['count']} of {row['of']} ({100 * row['share']:.1f} %)")
     return "\n".join(lines)
 
 
-def read_validation(file, defect=SHIPPED, classifier=None):
-    """Prompts, and the judgement of one validation file with its rewards: (list of N strings, dict of tensors (N,))."""
-    with np.load(file) as data:
-        missing = {"views", "rewards", "prompts"} - set(data.files)
-        if missing:
-            raise ValueError(f"{file} lacks {', '.join(sorted(missing))}: give a folder that carve3d_train.py wrote.")
-        views, rewards, prompts = data["views"], data["rewards"], [str(prompt) for prompt in data["prompts"]]
+def read_validation(file: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Read a validation file: views (N, 4, 3, S, S) in [0, 1], rewards (N,) in float64, and N prompts.
+
+    Raises ValueError if the file is missing or damaged, or holds something else."""
+    try:
+        with np.load(file) as data:
+            arrays = {name: data[name] for name in data.files}
+    except UNREADABLE as error:
+        reason = str(error).replace("\n", " ") or type(error).__name__
+        raise ValueError(
+            f"{file} is missing, damaged or no .npz file of arrays ({reason}); "
+            f"give the folder of a complete run, or repeat the run."
+        ) from error
+    missing = {"views", "rewards", "prompts"} - set(arrays)
+    if missing:
+        raise ValueError(
+            f"{file} has no array {', '.join(sorted(missing))}; give the folder of a run of carve3d_train.py."
+        )
+    views, rewards, prompts = arrays["views"], arrays["rewards"], arrays["prompts"]
+    shapes = f"views {views.dtype} {views.shape}, rewards {rewards.shape}, prompts {prompts.shape}"
+    if views.dtype != np.uint8 or views.ndim != 5 or views.shape[1:3] != (4, 3) or views.shape[-1] != views.shape[-2]:
+        raise ValueError(f"{file} has {shapes}; the views of the small world are uint8 (N, 4, 3, S, S).")
+    if not rewards.shape == prompts.shape == (len(views),) or len(views) < 2:
+        raise ValueError(f"{file} has {shapes}; one reward and one prompt for each of N >= 2 samples are expected.")
+    if not np.isfinite(rewards).all():
+        raise ValueError(f"{file} has rewards that are not finite; repeat the run.")
     views = torch.from_numpy(views).float() / 255
-    return prompts, {"reward": torch.from_numpy(rewards).double(), **judge(views, prompts, defect, classifier)}
+    return views, torch.from_numpy(rewards).double(), [str(prompt) for prompt in prompts]
 
 
-def evaluate_run(run, defect=SHIPPED, classifier=None):
-    """Compare the first and the last validation of a run's folder; writes and returns its judgement.json."""
-    files = sorted((Path(run) / "validation").glob("epoch_*.npz"))
+def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module | None = None) -> dict:
+    """Compare the first and the last validation of a run; writes and returns what is in `run`/evaluation.json.
+
+    defect: a key of DEFECTS; classifier: None for the shipped one. Raises FileNotFoundError if there are not two
+    validation files, and ValueError if they cannot be read or compared."""
+    folder = Path(run) / "validation"
+    files = sorted(folder.glob("epoch_*.npz"))
     if len(files) < 2:
         raise FileNotFoundError(
-            f"{Path(run) / 'validation'} holds {len(files)} files epoch_XXXX.npz, but two are "
-            f"compared; give the folder of a run that validated before and after training."
+            f"{folder} has {len(files)} files epoch_XXXX.npz, but two are needed; "
+            f"give the folder of a run that validated before and after training."
+        )
+    first, last = files[0], files[-1]
+    (views, rewards, prompts), (views_after, rewards_after, prompts_after) = map(read_validation, (first, last))
+    if prompts != prompts_after:
+        raise ValueError(
+            f"{first} and {last.name} have different prompts, so their samples cannot be paired; "
+            f"give the folder of a single run."
         )
     classifier = classifier or Classifier.from_pretrained()
-    (prompts, before), (others, after) = (read_validation(file, defect, classifier) for file in (files[0], files[-1]))
-    if prompts != others:
-        raise ValueError(
-            f"{files[0].name} and {files[-1].name} have different prompts, so samples cannot be paired; "
-            f"compare validations of one run."
-        )
-    names = [files[0].name, files[-1].name]
+    try:
+        before = {"reward": rewards, **evaluate_views(views, prompts, defect, classifier)}
+    except ValueError as error:
+        raise ValueError(f"{first} cannot be evaluated: {error}") from error
+    after = {"reward": rewards_after, **evaluate_views(views_after, prompts, defect, classifier)}
+    names = [first.name, last.name]
     result = {"files": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
-    (Path(run) / "judgement.json").write_text(json.dumps(result, indent=1) + "\n")
+    (Path(run) / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
 
-def main():
+def main(arguments: list[str] | None = None) -> None:
+    """The command; arguments: None for those of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="folder of a run, logs/<run>")
-    parser.add_argument("--defect", default=SHIPPED, choices=list(DEFECTS))
-    args = parser.parse_args()
-    result = evaluate_run(args.run, args.defect)
+    parser.add_argument("--defect", default=SHIPPED, choices=list(DEFECTS), help="the defect to detect")
+    args = parser.parse_args(arguments)
+    try:
+        result = evaluate_run(args.run, args.defect)
+    except (OSError, ValueError) as error:
+        sys.exit(f"tiny.evaluate: {error}")
     print(f"{result['samples']} samples, {result['files'][0]} and {result['files'][1]}, defect: {result['defect']}")
     print(table({name: row for name, row in result.items() if isinstance(row, dict)}))
 

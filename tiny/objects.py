@@ -1,8 +1,8 @@
-"""The small world: procedural objects of one to three coloured primitives, their captions, and exact pictures of them.
+"""The small world: procedural objects of one to three coloured primitives, their captions, and exact renders of them.
 
-Everything about an object is known (shape, colour, place), so that every model trained on this world can be judged
-against the truth. Pictures come from closed-form ray intersections with four convex shapes, lit by one fixed light,
-on white.
+The shape, colour and position of every primitive are known, so every model trained on this world can be compared with
+the ground truth. Renders come from closed-form ray intersections with four convex shapes, lit by one fixed light, on a
+white background.
 """
 
 import math
@@ -24,16 +24,19 @@ COLOURS = {
     "purple": (0.55, 0.12, 0.70),
     "gray": (0.45, 0.45, 0.45),
 }
-VIEW_SIZE = 64
+COLOUR_NAMES = tuple(COLOURS)
+PALETTE = torch.tensor(list(COLOURS.values()))  # (8, 3), RGB in [0, 1]
+VIEW_SIZE = 64  # pixels
 LIGHT = F.normalize(torch.tensor([0.35, -0.5, 0.8]), dim=0)
 AMBIENT = 0.55
 
 
 @dataclass(frozen=True)
 class Primitives:
-    """A batch of objects, each made of P primitives (unused places have size 0).
+    """A batch of N objects, each made of P primitives; unused slots have size 0.
 
-    shape (N, P) index into SHAPES; colour (N, P, 3) in [0, 1]; centre (N, P, 3); size (N, P) half extent; yaw (N,)."""
+    shape: (N, P) indices into SHAPES; colour: (N, P, 3) RGB in [0, 1]; centre: (N, P, 3) in world units; size: (N, P)
+    half extents in world units; yaw: (N,) rotation about the vertical axis in radians."""
 
     shape: torch.Tensor
     colour: torch.Tensor
@@ -41,58 +44,63 @@ class Primitives:
     size: torch.Tensor
     yaw: torch.Tensor
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.yaw)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int | slice | torch.Tensor) -> "Primitives":
         return Primitives(*(getattr(self, name)[index] for name in ("shape", "colour", "centre", "size", "yaw")))
 
 
-def article(words):
+def with_article(words: str) -> str:
+    """`words` after "a" or "an"."""
     return ("an " if words[0] in "aeiou" else "a ") + words
 
 
-def all_captions():
-    """Every caption of one and two primitives of different colours, in a fixed order."""
-    things = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
-    pairs = [(a, b) for a in things for b in things if a.split()[0] != b.split()[0]]
-    return [article(a) for a in things] + [
-        f"{article(a)} {relation} {article(b)}" for relation in ("on top of", "next to") for a, b in pairs
+def all_captions() -> list[str]:
+    """Every caption with one primitive, or with two primitives of different colours, in a fixed order."""
+    primitives = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    pairs = [(a, b) for a in primitives for b in primitives if a.split()[0] != b.split()[0]]
+    return [with_article(a) for a in primitives] + [
+        f"{with_article(a)} {relation} {with_article(b)}" for relation in ("on top of", "next to") for a, b in pairs
     ]
 
 
-def random_caption(generator):
-    """One caption: a single primitive, a pair, or (rarely) a stack next to a third primitive."""
+def random_caption(generator: torch.Generator) -> str:
+    """A caption with one primitive (1 in 8), two (6 in 8), or a stack of two next to a third (1 in 8)."""
 
     def draw(n):
         return int(torch.randint(n, (), generator=generator))
 
     count = (1, 2, 2, 2, 2, 2, 2, 3)[draw(8)]
     colours = torch.randperm(len(COLOURS), generator=generator)[:count].tolist()
-    things = [article(f"{list(COLOURS)[c]} {SHAPES[draw(len(SHAPES))]}") for c in colours]
+    primitives = [with_article(f"{COLOUR_NAMES[c]} {SHAPES[draw(len(SHAPES))]}") for c in colours]
     if count == 1:
-        return things[0]
+        return primitives[0]
     if count == 2:
-        return things[0] + (" on top of ", " next to ")[draw(2)] + things[1]
-    return f"{things[0]} on top of {things[1]} next to {things[2]}"
+        return primitives[0] + (" on top of ", " next to ")[draw(2)] + primitives[1]
+    return f"{primitives[0]} on top of {primitives[1]} next to {primitives[2]}"
 
 
-def parse_caption(caption):
-    """The (colour, shape) names and the relations of a caption, e.g. ([("red", "cube"), ("blue", "cone")], ["next
-    to"])."""
+def parse_caption(caption: str) -> tuple[list[tuple[str, str]], list[str]]:
+    """The (colour, shape) names of a caption and the relations between them.
+
+    "a red cube next to a blue cone" gives ([("red", "cube"), ("blue", "cone")], ["next to"]). Raises ValueError if the
+    caption does not describe an object of the small world."""
     words = caption.split()
-    things = [(words[i], words[i + 1]) for i in range(len(words) - 1) if words[i] in COLOURS and words[i + 1] in SHAPES]
+    named = [pair for pair in zip(words, words[1:], strict=False) if pair[0] in COLOURS and pair[1] in SHAPES]
     relations = [r for _, r in sorted((caption.find(r), r) for r in ("on top of", "next to") if r in caption)]
-    if not things or len(relations) != len(things) - 1:
+    if not named or len(relations) != len(named) - 1:
         raise ValueError(
-            f"Caption {caption!r} does not describe an object of the small world, "
-            f"e.g. 'a red cube next to a blue cone'."
+            f"Caption {caption!r} does not describe an object of the small world; "
+            f"write one like 'a red cube next to a blue cone'."
         )
-    return things, relations
+    return named, relations
 
 
-def build(captions, generator):
-    """Objects as the captions say, with random sizes, gaps and yaw: Primitives of N objects."""
+def build(captions: list[str], generator: torch.Generator) -> Primitives:
+    """One object per caption, with random sizes, gaps and yaw: Primitives of N objects, P = 3.
+
+    Raises ValueError for a caption that does not describe an object of the small world."""
 
     def uniform(low, high):
         return low + (high - low) * torch.rand((), generator=generator).item()
@@ -102,12 +110,12 @@ def build(captions, generator):
     colour, centre = torch.ones(N, P, 3), torch.zeros(N, P, 3)
     yaw = torch.rand(N, generator=generator) * 2 * math.pi
     for n, caption in enumerate(captions):
-        things, relations = parse_caption(caption)
-        base = {1: 0.62, 2: 0.40, 3: 0.36}[len(things)]
-        for p, (name, kind) in enumerate(things):
+        named, relations = parse_caption(caption)
+        base = {1: 0.62, 2: 0.40, 3: 0.36}[len(named)]
+        for p, (name, kind) in enumerate(named):
             shape[n, p], size[n, p] = SHAPES.index(kind), base * uniform(0.85, 1.15)
             colour[n, p] = torch.tensor(COLOURS[name])
-        columns, x = _columns(len(things), relations), 0.0
+        columns, x = _columns(len(named), relations), 0.0
         for k, column in enumerate(columns):
             width = max(size[n, p].item() for p in column)
             x += (width + uniform(0.03, 0.12)) if k else 0.0
@@ -116,7 +124,7 @@ def build(captions, generator):
                 centre[n, p] = torch.tensor([x, 0.0, z + size[n, p].item()])
                 z += 2 * size[n, p].item()
             x += width
-        used = slice(0, len(things))
+        used = slice(0, len(named))
         low = (centre[n, used] - size[n, used, None]).amin(0)
         high = (centre[n, used] + size[n, used, None]).amax(0)
         centre[n, used] -= (low + high) / 2
@@ -125,8 +133,13 @@ def build(captions, generator):
     return Primitives(shape, colour, centre, size, yaw)
 
 
+def random_objects(count: int, generator: torch.Generator) -> Primitives:
+    """Objects of `count` random captions."""
+    return build([random_caption(generator) for _ in range(count)], generator)
+
+
 def _columns(count, relations):
-    """Which primitives stand over each other, top first, column by column."""
+    """Indices of the primitives column by column, each column from top to bottom."""
     columns = [[0]]
     for p in range(1, count):
         if relations[p - 1] == "on top of":
@@ -137,12 +150,12 @@ def _columns(count, relations):
 
 
 def _interval(low, high):
-    """Entry and exit of a ray through the intersection of convex parts: (..., K) distances -> (...)."""
+    """Entry and exit distances of a ray through the intersection of K convex solids: (..., K) -> (...)."""
     return low.amax(-1), high.amin(-1)
 
 
 def _quadratic(a, b, c):
-    """Real roots of a t^2 + 2 b t + c (low, high), an empty interval (inf, -inf) where there are none."""
+    """Real roots (low, high) of a t^2 + 2 b t + c, or the empty interval (inf, -inf) where there are none."""
     disc = b * b - a * c
     root = disc.clamp(min=0).sqrt()
     a = torch.where(a.abs() < 1e-9, torch.full_like(a, 1e-9), a)
@@ -152,13 +165,14 @@ def _quadratic(a, b, c):
 
 
 def _slab(o, d, low, high):
+    """Entry and exit distances of a ray between two parallel planes."""
     d = torch.where(d.abs() < 1e-9, torch.full_like(d, 1e-9), d)
     t0, t1 = (low - o) / d, (high - o) / d
     return torch.minimum(t0, t1), torch.maximum(t0, t1)
 
 
 def _intersect(kind, o, d):
-    """Rays (..., 3) in the frame of a unit shape: entry distance (inf where missed) and outward normal there."""
+    """Entry distance (inf for a miss) and outward normal of rays (..., 3), in the frame of a unit shape."""
     (ox, oy, oz), (dx, dy, dz) = o.unbind(-1), d.unbind(-1)
     if kind == "sphere":
         near, far = _quadratic((d * d).sum(-1), (o * d).sum(-1), (o * o).sum(-1) - 1)
@@ -201,32 +215,35 @@ def _cone_side(a, b, c, oz, dz):
     return entry, leave
 
 
-def render(objects, cameras, size=VIEW_SIZE, supersample=2):
-    """Pictures of N objects in V cameras ((V,...) shared or (N, V, ...)).
+def render(
+    objects: Primitives, cameras: Cameras, size: int = VIEW_SIZE, supersample: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Render N objects from V cameras, either (V,) shared by all objects or (N, V).
 
-    Returns images (N, V, 3, size, size) in [0, 1] on white and coverage (N, V, 1, size, size) in [0, 1]."""
+    Every pixel is the mean of supersample^2 rays. Returns images (N, V, 3, size, size) in [0, 1] on white and coverage
+    (N, V, 1, size, size) in [0, 1]."""
     if cameras.c2w.ndim == 3:
         cameras = cameras.expand(len(objects))
     # one object at a time keeps the working set in the processor's cache: twice as fast as one batch
-    pictures = torch.stack(
+    images = torch.stack(
         [_render_one(objects[n], cameras.c2w[n], cameras.fxfycxcy[n], size, supersample) for n in range(len(objects))]
     )
-    return pictures[:, :, :3].clamp(0, 1), pictures[:, :, 3:]
+    return images[:, :, :3].clamp(0, 1), images[:, :, 3:]
 
 
-def _render_one(thing, c2w, fxfycxcy, size, supersample):
-    """(V, 4, size, size): colour on white and coverage of one object."""
+def _render_one(one, c2w, fxfycxcy, size, supersample):
+    """Colour on white and coverage of one object: (V, 4, size, size)."""
     S, V = size * supersample, len(c2w)
     origin, direction = (x.reshape(-1, 3) for x in rays(Cameras(c2w, fxfycxcy), S))
     depth = torch.full((len(origin),), math.inf)
-    picture = torch.ones(len(origin), 4)
-    picture[:, 3] = 0
-    cos, sin = math.cos(thing.yaw), math.sin(thing.yaw)
+    image = torch.ones(len(origin), 4)
+    image[:, 3] = 0
+    cos, sin = math.cos(one.yaw), math.sin(one.yaw)
     frame = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0], [0.0, 0.0, 1.0]])  # world row vectors @ frame = local
-    for shape, colour, centre, half in zip(thing.shape, thing.colour, thing.centre, thing.size.tolist(), strict=True):
+    for shape, colour, centre, half in zip(one.shape, one.colour, one.centre, one.size.tolist(), strict=True):
         if half == 0:
             continue
-        # only rays that meet the bounding sphere of the primitive are worth intersecting
+        # for speed, intersect only the rays that meet the primitive's bounding sphere
         to_centre = centre - c2w[:, :3, 3].repeat_interleave(S * S, 0)
         along = (to_centre * direction).sum(-1)
         r = (to_centre.square().sum(-1) - along.square() < 2.5 * half**2).nonzero()[:, 0]
@@ -234,19 +251,20 @@ def _render_one(thing, c2w, fxfycxcy, size, supersample):
         closer = t < depth[r]
         r, normal = r[closer], normal[closer] @ frame.T
         depth[r] = t[closer]
-        picture[r, :3] = colour * (AMBIENT + (1 - AMBIENT) * (normal @ LIGHT).clamp(min=0))[:, None]
-        picture[r, 3] = 1
-    return F.avg_pool2d(picture.reshape(V, S, S, 4).permute(0, 3, 1, 2), supersample)
+        image[r, :3] = colour * (AMBIENT + (1 - AMBIENT) * (normal @ LIGHT).clamp(min=0))[:, None]
+        image[r, 3] = 1
+    return F.avg_pool2d(image.reshape(V, S, S, 4).permute(0, 3, 1, 2), supersample)
 
 
-def novel_cameras(count, views, generator):
-    """Random cameras (count, views) at the training radius and field of view: any azimuth, elevation -10 to 60
-    degrees."""
+def novel_cameras(count: int, views: int, generator: torch.Generator) -> Cameras:
+    """Random cameras (count, views) at the fixed cameras' radius and field of view.
+
+    Azimuths are uniform over the circle, elevations uniform from -10 to 60 degrees."""
     azimuth = 360 * torch.rand(count, views, generator=generator)
     elevation = -10 + 70 * torch.rand(count, views, generator=generator)
     return orbit_cameras(azimuth, elevation, radius=2.7, fov=50.0)
 
 
-def fixed_views(objects):
-    """The four Instant3D views of each object: (N, 4, 3, 64, 64)."""
+def fixed_views(objects: Primitives) -> torch.Tensor:
+    """The four Instant3D views of each object: (N, 4, 3, 64, 64) in [0, 1] on white."""
     return render(objects, instant3d_cameras())[0]

@@ -1,22 +1,23 @@
 """Train the small MVDream: an SD 2.1 UNet that paints four separate views which attend to each other.
 
-    python -m tiny.train_mvdream        # about an hour on one CPU core; resumes if interrupted
+    python -m tiny.train_mvdream        # see weights/README.md for the time it takes; resumes if interrupted
 
 Needs the VAE. Writes tiny/weights/mvdream, a pipeline folder in stock layout, which the trainer reads with
-`painter.name = "mvdream"`. Same objects, captions and views as the grid painter's (tiny/train_painter.py).
+`painter.name = "mvdream"`. Objects, captions and views are those of the grid painter (tiny/train_painter.py).
 """
 
 import torch
 import torch.nn as nn
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from diffusers_patch.mvdream import VIEWS, let_views_attend
 from recon.cameras import mvdream_camera_vectors, mvdream_cameras
-from tiny.train_painter import MAX_TOKENS, SCHEDULER_CONFIG, train
+from tiny.train_painter import MAX_TOKENS, SCHEDULER_CONFIG, TrainedParts, text_config, train
+from tiny.train_vae import encode as encode_images
 
-ELEVATION, AZIMUTH_START = 20.0, 315.0  # the sculptor's cameras, as MVDream counts azimuths
+ELEVATION, AZIMUTH_START = 20.0, 315.0  # degrees: the reconstructor's cameras in MVDream's azimuth convention
 UNET_CONFIG = dict(
     sample_size=8,
     in_channels=4,
@@ -42,32 +43,28 @@ TEXT_CONFIG = dict(
 )
 
 
-class ViewPainter(nn.Module):
-    """The trained parts of the pipeline, with the forward pass of its training."""
+class ViewPainter(TrainedParts):
+    """The trained parts of the Stable Diffusion pipeline, with the forward pass for training."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
-        ids = dict(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
         self.unet = UNet2DConditionModel(**UNET_CONFIG)
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG, **ids))
-        nothing = tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
-        self.register_buffer("nothing", nothing, persistent=False)
+        self.text_encoder = CLIPTextModel(text_config(tokenizer, **TEXT_CONFIG))
+        empty_caption = tokenizer("", padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
+        self.register_buffer("empty_caption", empty_caption, persistent=False)
         vectors = mvdream_camera_vectors(mvdream_cameras(ELEVATION, AZIMUTH_START))
         self.register_buffer("camera_vectors", vectors, persistent=False)
 
-    def use_plain_attention(self):
-        """The backward pass of fused attention is slower than plain matrix products on CPUs."""
-        let_views_attend(self.unet, AttnProcessor())
-        self.text_encoder.set_attn_implementation("eager")
+    def set_unet_attention(self, processor: AttnProcessor) -> None:
+        let_views_attend(self.unet, processor)
 
-    def forward(self, latents, timesteps, tokens, keep):
-        """Velocity prediction (B, 4, 4, 8, 8); where `keep` (B,) is 0 the caption is the empty one."""
-        tokens = torch.where(keep[:, None] > 0, tokens, self.nothing)
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity predicted for noisy latents (B, 4, 4, 8, 8) of four views: the same shape.
+
+        timesteps: (B,); tokens: (B, 24); keep: (B,) of 0 and 1, 0 where the caption is replaced by the empty one."""
+        tokens = torch.where(keep[:, None] > 0, tokens, self.empty_caption)
         embeds = self.text_encoder(tokens).last_hidden_state.repeat_interleave(VIEWS, 0)
         cameras = self.camera_vectors.to(latents.dtype).repeat(len(latents), 1)
         output = self.unet(
@@ -76,16 +73,14 @@ class ViewPainter(nn.Module):
         return output.unflatten(0, latents.shape[:2])
 
 
-@torch.no_grad()
-def encode(vae, views):
-    """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 4, 8, 8), scaled to unit variance."""
-    images = (2 * views.flatten(0, 1) - 1).to(vae.dtype)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in images.split(80)])
-    return (latents.float() * vae.config.scaling_factor).unflatten(0, views.shape[:2]).contiguous()
+def encode(vae: AutoencoderKL, views: torch.Tensor) -> torch.Tensor:
+    """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 4, 8, 8) of each view, scaled to unit variance."""
+    latents = encode_images(vae, views.flatten(0, 1), batch=80) * vae.config.scaling_factor
+    return latents.unflatten(0, views.shape[:2]).contiguous()
 
 
-def assemble(painter, vae, tokenizer):
-    vae.register_to_config(_name_or_path="")  # where it was loaded from is nobody's business
+def assemble(painter: nn.Module, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    """The stock pipeline of the trained parts."""
     return StableDiffusionPipeline(
         vae=vae,
         unet=painter.unet,

@@ -1,32 +1,41 @@
 """Train the small painter: an SDXL UNet and two CLIP text encoders that paint the 2x2 grid of a caption.
 
-    python -m tiny.train_painter        # hours on one CPU core (see weights/README.md); resumes if interrupted
+    python -m tiny.train_painter        # see weights/README.md for the time it takes; resumes if interrupted
 
 Needs the VAE. Writes tiny/weights/painter, a pipeline folder that stock `StableDiffusionXLPipeline.from_pretrained`
-loads. The small VAE encodes a fixed set of pictures once; the UNet and the text encoders are trained together on those
-latents.
+loads. The VAE encodes the grids of a fixed set of objects once; the UNet and the text encoders are trained jointly on
+those latents.
 """
 
-import argparse
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 
 from mrc.sanity_rewards import tile_views
-from tiny.captions import held_out
-from tiny.objects import all_captions, build, fixed_views, random_caption
-from tiny.training import ROOT, WEIGHTS, fit
+from tiny.captions import random_training_captions
+from tiny.objects import all_captions, build, fixed_views
+from tiny.train_vae import encode as encode_images
+from tiny.train_vae import load_vae
+from tiny.training import WEIGHTS, LossFunction, fit, start_training, training_parser
 
-GRID = 128
+GRID = 128  # pixels
 MAX_TOKENS = 24
+PART = 500  # objects per file of the cached training set
 SCHEDULER_CONFIG = dict(
     num_train_timesteps=1000,
     beta_start=0.00085,
@@ -66,9 +75,11 @@ TEXT_CONFIG = dict(
 )
 
 
-def make_tokenizer(folder):
-    """A CLIP byte-pair tokenizer whose merges make one token of every word of the small world; the one in `folder`, if
-    it is there already, because ties between merges are broken anew in every training."""
+def make_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP byte-pair tokenizer for which every word of the small world is one token.
+
+    Trains it in `folder` unless it is there already: training is not deterministic, because ties between merges are
+    broken at random."""
     if not (folder / "vocab.json").exists():
         train_tokenizer(folder)
     return CLIPTokenizer(
@@ -76,7 +87,8 @@ def make_tokenizer(folder):
     )
 
 
-def train_tokenizer(folder):
+def train_tokenizer(folder: Path) -> None:
+    """Write vocab.json and merges.txt of a tokenizer of the small world into `folder`."""
     words = sorted(set(" ".join(all_captions()).split()))
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -95,30 +107,47 @@ def train_tokenizer(folder):
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n")
 
 
-class Painter(nn.Module):
-    """The trained parts of the SDXL pipeline, with the forward pass of its training."""
+def text_config(tokenizer: CLIPTokenizer, **settings) -> CLIPTextConfig:
+    """The configuration of a CLIP text encoder for `tokenizer`; settings: sizes and the like."""
+    return CLIPTextConfig(
+        **settings,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
-    def __init__(self, tokenizer):
+
+class TrainedParts(nn.Module):
+    """The trained parts of a pipeline: `unet` and one or more CLIP text encoders."""
+
+    def set_unet_attention(self, processor: AttnProcessor) -> None:
+        self.unet.set_attn_processor(processor)
+
+    def use_plain_attention(self) -> None:
+        """Replace fused attention, whose backward pass on CPUs is slower than that of plain matrix products."""
+        self.set_unet_attention(AttnProcessor())
+        for part in self.children():
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation("eager")
+
+
+class Painter(TrainedParts):
+    """The trained parts of the SDXL pipeline, with the forward pass for training."""
+
+    def __init__(self, tokenizer: CLIPTokenizer):
         super().__init__()
-        ids = dict(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
         self.unet = UNet2DConditionModel(**UNET_CONFIG)
-        self.text_encoder = CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG, **ids, hidden_act="quick_gelu"))
-        self.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT_CONFIG, **ids, hidden_act="gelu"))
+        self.text_encoder = CLIPTextModel(text_config(tokenizer, **TEXT_CONFIG, hidden_act="quick_gelu"))
+        self.text_encoder_2 = CLIPTextModelWithProjection(text_config(tokenizer, **TEXT_CONFIG, hidden_act="gelu"))
 
-    def use_plain_attention(self):
-        """The backward pass of fused attention is slower than plain matrix products on CPUs."""
-        self.unet.set_attn_processor(AttnProcessor())
-        for encoder in (self.text_encoder, self.text_encoder_2):
-            encoder.set_attn_implementation("eager")
+    def forward(
+        self, latents: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, keep: torch.Tensor
+    ) -> torch.Tensor:
+        """The velocity predicted for noisy latents (B, 4, 16, 16): the same shape.
 
-    def forward(self, latents, timesteps, tokens, keep):
-        """Velocity prediction; `keep` (B,) is 0 where the caption is dropped (zeros, as SDXL's unconditional
-        branch)."""
+        timesteps: (B,); tokens: (B, 24); keep: (B,) of 0 and 1, 0 where the caption is dropped (its embeddings are
+        replaced by zeros, as in SDXL's unconditional branch)."""
         first = self.text_encoder(tokens, output_hidden_states=True)
         second = self.text_encoder_2(tokens, output_hidden_states=True)
         embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1) * keep[:, None, None]
@@ -127,42 +156,40 @@ class Painter(nn.Module):
         return self.unet(latents, timesteps, embeds, added_cond_kwargs=added).sample
 
 
-@torch.no_grad()
-def encode(vae, views):
+def encode(vae: AutoencoderKL, views: torch.Tensor) -> torch.Tensor:
     """views (N, 4, 3, 64, 64) in [0, 1] -> latents (N, 4, 16, 16) of their grids, scaled to unit variance."""
-    grids = (2 * tile_views(views) - 1).to(vae.dtype)
-    latents = torch.cat([vae.encode(part).latent_dist.mode() for part in grids.split(20)])
-    return latents.float() * vae.config.scaling_factor
+    return encode_images(vae, tile_views(views), batch=20) * vae.config.scaling_factor
 
 
-def training_set(folder, vae, count, encode):
-    """Cached captions and latents; an interrupted preparation goes on where it stopped.
+def training_set(
+    folder: Path, vae: AutoencoderKL, count: int, encode: Callable[[AutoencoderKL, torch.Tensor], torch.Tensor]
+) -> tuple[list[str], torch.Tensor]:
+    """Captions and latents of `count` objects, a multiple of PART; cached, so that interrupted work is resumed.
 
-    encode: (vae, views) -> latents, as the painter at hand wants them."""
+    encode: (vae, views) -> latents of the painter. Raises ValueError for another `count`."""
+    if count < PART or count % PART:
+        raise ValueError(f"--objects is {count}; give a positive multiple of {PART}.")
     folder.mkdir(parents=True, exist_ok=True)
-    banned, size = held_out(), 500
-    parts = []
-    for part in range(count // size):
+    captions, latents = [], []
+    for part in range(count // PART):
         file = folder / f"latents_{part:03d}.safetensors"
         generator = torch.Generator().manual_seed(1000 + part)
-        captions = []
-        while len(captions) < size:
-            caption = random_caption(generator)
-            if caption not in banned:
-                captions.append(caption)
+        some = random_training_captions(PART, generator)
         if not file.exists():
-            views = [fixed_views(build(captions[i : i + 20], generator)) for i in range(0, size, 20)]
+            views = [fixed_views(build(some[i : i + 20], generator)) for i in range(0, PART, 20)]
             save_file({"latents": encode(vae, torch.cat(views)).half()}, file)
-            print(f"prepared {(part + 1) * size} of {count} pictures", flush=True)
-        parts.append((captions, load_file(file)["latents"]))
-    return [c for captions, _ in parts for c in captions], torch.cat([latents for _, latents in parts])
+            print(f"rendered and encoded {(part + 1) * PART} of {count} objects", flush=True)
+        captions += some
+        latents.append(load_file(file)["latents"])
+    return captions, torch.cat(latents)
 
 
-def make_loss(captions, latents, tokenizer, batch=64):
+def make_loss(captions: list[str], latents: torch.Tensor, tokenizer: CLIPTokenizer, batch: int = 64) -> LossFunction:
+    """The loss for `fit`: velocity prediction on N captions and latents (N, ...), with 10 % of the captions dropped."""
     tokens = tokenizer(captions, padding="max_length", max_length=MAX_TOKENS, return_tensors="pt").input_ids
     alphas = DDIMScheduler(**SCHEDULER_CONFIG).alphas_cumprod
 
-    def loss_fn(model, step, generator):
+    def loss_fn(model, _step, generator):
         pick = torch.randint(len(latents), (batch,), generator=generator)
         x0 = latents[pick].float()
         noise = torch.randn(x0.shape, generator=generator)
@@ -175,8 +202,8 @@ def make_loss(captions, latents, tokenizer, batch=64):
     return loss_fn
 
 
-def assemble(painter, vae, tokenizer):
-    vae.register_to_config(_name_or_path="")  # where it was loaded from is nobody's business
+def assemble(painter: nn.Module, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionXLPipeline:
+    """The stock pipeline of the trained parts."""
     return StableDiffusionXLPipeline(
         vae=vae,
         unet=painter.unet,
@@ -190,30 +217,30 @@ def assemble(painter, vae, tokenizer):
     )
 
 
-def train(name, description, painter_class, encode, assemble):
-    """The command that makes tiny/weights/<name>.
+def train(
+    name: str,
+    description: str,
+    painter_class: type[TrainedParts],
+    encode: Callable[[AutoencoderKL, torch.Tensor], torch.Tensor],
+    assemble: Callable[[nn.Module, AutoencoderKL, CLIPTokenizer], DiffusionPipeline],
+) -> None:
+    """The command that trains a painter and writes tiny/weights/<name>.
 
-    painter_class: tokenizer -> the trained parts; encode: see `training_set`; assemble: (painter, vae, tokenizer) ->
+    painter_class: tokenizer -> the parts to train; encode: see `training_set`; assemble: (painter, vae, tokenizer) ->
     pipeline."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--pictures", type=int, default=10000)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", default=str(ROOT / "runs" / name))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    folder = Path(args.folder)
-    vae = AutoencoderKL.from_pretrained(WEIGHTS / "painter" / "vae")
-    tokenizer = make_tokenizer(folder / "tokenizer")
-    captions, latents = training_set(folder, copy.deepcopy(vae).bfloat16(), args.pictures, encode)
+    parser = training_parser(description, steps=3000)
+    parser.add_argument("--objects", type=int, default=10000, help="size of the training set (default: %(default)s)")
+    args = start_training(parser, name)
+    vae = load_vae()
+    tokenizer = make_tokenizer(args.folder / "tokenizer")
+    captions, latents = training_set(args.folder, copy.deepcopy(vae).bfloat16(), args.objects, encode)
     painter = painter_class(tokenizer)
     painter.use_plain_attention()
-    painter = fit(
-        folder, painter, make_loss(captions, latents, tokenizer, batch=32), args.steps, lr=8e-4, ema_decay=0.999
-    )
+    loss_fn = make_loss(captions, latents, tokenizer, batch=32)
+    painter = fit(args.folder, painter, loss_fn, args.steps, lr=8e-4, ema_decay=0.999)
     painter.unet.half()  # the text encoders stay in float32: transformers loads them in the type they were saved in,
     # diffusers loads the UNet in float32, and the two must agree for a plain `from_pretrained`
+    vae.register_to_config(_name_or_path="")  # the local path it was loaded from has no place in published files
     assemble(painter, vae.half(), tokenizer).save_pretrained(WEIGHTS / name)
 
 

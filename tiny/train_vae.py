@@ -1,18 +1,18 @@
-"""Train the small VAE (stock AutoencoderKL, 8x down, 4 latent channels) on pictures of the small world.
+"""Train the small VAE (stock AutoencoderKL, 8x down, 4 latent channels) on renders of the small world.
 
     python -m tiny.train_vae            # see weights/README.md for the time it takes; resumes if interrupted
 
-Writes tiny/weights/painter/vae. First single views, cropped because most of a view is white, then whole 2x2 grids: the
-same content in smaller pieces is more gradient steps in the same time.
+Writes tiny/weights/painter/vae. The first half of training uses single views, cropped because most of a view is white,
+the second half whole 2x2 grids: small crops allow more gradient steps in the same time.
 
-Left alone, so small a VAE lays all colours on one line of its latent space, and a painter trained there lets them run
-into each other. Two remedies: the weights start as a path that carries colours through (`carry_colours`), and the first
-three latent channels are asked to be the picture, 8x smaller (`THUMBNAIL`). And because a painter's latents are never
-exact, the last fifth of the training disturbs them (`DISTURBANCE`).
+Without further measures a VAE this small puts all colours on one line of its latent space, and a painter trained in
+that space mixes them up. There are two measures against this: the initial weights pass colours through
+(`pass_colours_through`), and a loss makes the first three latent channels a thumbnail of the image (`THUMBNAIL`).
+Because a painter's latents are never exact, noise is added to the latents in the last 22 % of training (`NOISE`).
 """
 
-import argparse
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from mrc.sanity_rewards import tile_views
-from tiny.objects import build, fixed_views, random_caption
-from tiny.training import ROOT, WEIGHTS, fit, psnr
+from tiny.objects import fixed_views, random_objects
+from tiny.training import WEIGHTS, LossFunction, fit, psnr, start_training, training_parser
+
+VAE_FOLDER = WEIGHTS / "painter" / "vae"
 
 VAE_CONFIG = dict(
     in_channels=3,
@@ -37,15 +39,20 @@ VAE_CONFIG = dict(
     force_upcast=False,
 )
 
+THUMBNAIL = 2.5  # target of the first three latent channels, relative to 1 - RGB averaged over 8x8 pixels
+NOISE = 0.25  # largest standard deviation of the noise that is added to the latents in the last 22 % of training
+CROP = 48  # pixels
 
-THUMBNAIL = 2.5  # of the first three latent channels, over the darkness (1 - RGB) of the 8x8 pixels under each cell
-DISTURBANCE = 0.25  # largest standard deviation of the noise that the last fifth of the training adds to the latents
-CROP = 48
+
+def load_vae(folder: str | Path = VAE_FOLDER) -> AutoencoderKL:
+    """The trained VAE in float32. Raises FileNotFoundError if `folder` has no config.json."""
+    if not (Path(folder) / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json of a VAE; train it with `python -m tiny.train_vae`.")
+    return AutoencoderKL.from_pretrained(folder)
 
 
-def carry_colours(vae):
-    """Add the identity to every convolution of the path around the residual branches, and halve what they start
-    with."""
+def pass_colours_through(vae: AutoencoderKL) -> AutoencoderKL:
+    """Halve the initial weights of every convolution outside the residual branches, then add the identity; in place."""
     names = ("conv_in", "conv_out", "quant_conv", "post_quant_conv", "conv_shortcut")
     with torch.no_grad():
         for name, module in vae.named_modules():
@@ -54,36 +61,36 @@ def carry_colours(vae):
     return vae
 
 
-def crop(views, generator):
-    """The middle of square pictures, a little off-centre: (N, 3, S, S) -> (N, 3, CROP, CROP)."""
+def crop(views: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The same random crop of all views: (N, 3, S, S) -> (N, 3, CROP, CROP)."""
     top, left = torch.randint(views.shape[-1] - CROP + 1, (2,), generator=generator).tolist()
     return views[..., top : top + CROP, left : left + CROP]
 
 
-def make_loss(steps, crops=24, grids=4):
+def make_loss(steps: int, crops: int = 24, grids: int = 4) -> LossFunction:
+    """The loss for `fit`; crops, grids: batch sizes of the two halves of a training of `steps`."""
     pool = {}
 
-    def pictures(generator, count):
-        """Fresh objects; each is shown four times (its views, shuffled into different batches) because drawing costs
-        time."""
+    def fresh_views(generator, count):
+        """Views of new objects. All four views of an object are used, in different batches, because rendering is
+        slow."""
         if len(pool.get("views", ())) < count:
-            captions = [random_caption(generator) for _ in range(64)]
-            views = fixed_views(build(captions, generator)).flatten(0, 1)
+            views = fixed_views(random_objects(64, generator)).flatten(0, 1)
             pool["views"] = views[torch.randperm(len(views), generator=generator)]
         taken, pool["views"] = pool["views"][:count], pool["views"][count:]
         return taken
 
     def loss_fn(model, step, generator):
         if step < 0.5 * steps:
-            x = crop(pictures(generator, crops), generator)
+            x = crop(fresh_views(generator, crops), generator)
         else:
-            x = tile_views(fixed_views(build([random_caption(generator) for _ in range(grids)], generator)))
+            x = random_grids(grids, generator)
         x = 2 * x - 1
         posterior = model.encode(x.bfloat16()).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         variance = logvar.exp()
         if step >= 0.78 * steps:
-            variance = variance + (DISTURBANCE * torch.rand(len(x), 1, 1, 1, generator=generator)).square()
+            variance = variance + (NOISE * torch.rand(len(x), 1, 1, 1, generator=generator)).square()
         z = mean + variance.sqrt() * torch.randn(mean.shape, generator=generator)
         y = model.decode(z.bfloat16()).sample.float()
         mse, l1 = (y - x).square().mean(), (y - x).abs().mean()
@@ -98,21 +105,27 @@ def make_loss(steps, crops=24, grids=4):
     return loss_fn
 
 
-def some_grids(seed, count=64):
-    generator = torch.Generator().manual_seed(seed)
-    return tile_views(fixed_views(build([random_caption(generator) for _ in range(count)], generator)))
+def random_grids(count: int, generator: torch.Generator) -> torch.Tensor:
+    """2x2 grids of the views of random objects: (count, 3, 128, 128) in [0, 1]."""
+    return tile_views(fixed_views(random_objects(count, generator)))
 
 
 @torch.no_grad()
-def encode(vae, grids):
-    return torch.cat([vae.encode(2 * part - 1).latent_dist.mode() for part in grids.split(8)])
+def encode(vae: AutoencoderKL, images: torch.Tensor, batch: int = 8) -> torch.Tensor:
+    """The modes of the latents of images (N, 3, H, W) in [0, 1]: (N, 4, H / 8, W / 8), float32, not scaled.
+
+    batch: number of images to encode at a time; the arithmetic is in the dtype of `vae`."""
+    parts = (2 * images - 1).to(vae.dtype).split(batch)
+    return torch.cat([vae.encode(part).latent_dist.mode() for part in parts]).float()
 
 
 @torch.no_grad()
-def normalise(vae):
-    """Make every latent channel zero-mean with unit variance, in the 1x1 convolutions between encoder and decoder: a
-    painter's loss would neglect the smaller ones."""
-    z = encode(vae, some_grids(20_000))
+def normalise(vae: AutoencoderKL) -> None:
+    """Give every latent channel zero mean and unit variance, in place.
+
+    Otherwise a painter's loss would neglect the channels of low variance. Changes the 1x1 convolutions between encoder
+    and decoder."""
+    z = encode(vae, random_grids(64, torch.Generator().manual_seed(20_000)))
     mean, std = z.mean((0, 2, 3)), z.std((0, 2, 3))
     into, out = vae.quant_conv, vae.post_quant_conv
     out.bias += out.weight[:, :, 0, 0] @ mean
@@ -124,27 +137,21 @@ def normalise(vae):
 
 
 @torch.no_grad()
-def evaluate(vae):
-    """PSNR in dB of round trips of held-out grids (seed not used in training)."""
-    x = some_grids(10_000)
+def evaluate(vae: AutoencoderKL) -> dict:
+    """PSNR in dB of reconstructed held-out grids, and the mean and standard deviation of each latent channel."""
+    x = random_grids(64, torch.Generator().manual_seed(10_000))  # not the seed of the training
     z = encode(vae, x)
     y = torch.cat([vae.decode(part).sample for part in z.split(8)]) / 2 + 0.5
     return {"psnr": psnr(y, x), "latent_std": z.std((0, 2, 3)).tolist(), "latent_mean": z.mean((0, 2, 3)).tolist()}
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", default=str(ROOT / "runs" / "vae"))
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    vae = carry_colours(AutoencoderKL(**VAE_CONFIG))
+def main() -> None:
+    args = start_training(training_parser(__doc__, steps=2800), "vae")
+    vae = pass_colours_through(AutoencoderKL(**VAE_CONFIG))
     vae = fit(args.folder, vae, make_loss(args.steps), args.steps, lr=2e-3, ema_decay=0.995)
     normalise(vae)
     print(evaluate(vae), flush=True)
-    copy.deepcopy(vae).half().save_pretrained(WEIGHTS / "painter" / "vae")
+    copy.deepcopy(vae).half().save_pretrained(VAE_FOLDER)
 
 
 if __name__ == "__main__":

@@ -1,26 +1,62 @@
-"""The training loop shared by the scripts that make the embedded weights: log, checkpoint, resume, EMA."""
+"""What the training scripts of the embedded weights share: the command line and a loop that logs, checkpoints, resumes
+and averages the weights."""
 
+import argparse
 import copy
 import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parent
 WEIGHTS = ROOT / "weights"
+RUNS = ROOT / "runs"
+LossFunction = Callable[[nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]]  # see `fit`
+
+
+def training_parser(description: str, steps: int) -> argparse.ArgumentParser:
+    """A parser with the options of every training script; steps: the default of --steps."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=steps, help="optimizer steps (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="folder for log and checkpoint (default: below tiny/runs)")
+    return parser
+
+
+def start_training(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
+    """Parse the command line, set the number of threads and seed torch.
+
+    name: the run's folder below tiny/runs unless --folder is given; "{kind}" and the like stand for other options."""
+    args = parser.parse_args()
+    args.folder = args.folder or RUNS / name.format(**vars(args))
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args
 
 
 def fit(
-    folder, model, loss_fn, steps, lr, ema_decay=0.999, warmup=50, weight_decay=1e-4, save_seconds=60, log_every=25
-):
-    """Train `model` in place with AdamW and a cosine schedule; returns the EMA copy.
+    folder: str | Path,
+    model: nn.Module,
+    loss_fn: LossFunction,
+    steps: int,
+    lr: float,
+    ema_decay: float = 0.999,
+    warmup: int = 50,
+    weight_decay: float = 1e-4,
+    save_seconds: float = 60,
+    log_every: int = 25,
+) -> nn.Module:
+    """Train `model` in place with AdamW and a cosine schedule; returns the moving average of its weights.
 
-    loss_fn(model, step, generator) -> (scalar loss, {name: float}) sees a bfloat16 copy of the model (twice as fast as
-    autocast on CPUs with bfloat16 units); gradients are applied to the float32 weights. `folder` receives log.jsonl and
-    checkpoint.pt; if a checkpoint is there, training goes on from it exactly (the generator's state is part of it)."""
+    loss_fn(model, step, generator) -> (scalar loss, metrics) gets a bfloat16 copy of the model, which is twice as fast
+    as autocast on CPUs with bfloat16 units; gradients are applied to the float32 weights. `folder` receives log.jsonl
+    and checkpoint.pt. If there is a checkpoint, training resumes from it exactly, because it contains the state of the
+    random generator."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ema = copy.deepcopy(model).requires_grad_(False)
@@ -63,6 +99,7 @@ def fit(
             parameter.grad = None if low.grad is None else low.grad.float()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        # not diffusers' EMAModel: its decay is 0 in the first step, where ours is 1/10, and weights would change
         decay = min(ema_decay, (step + 1) / (step + 10))
         with torch.no_grad():
             for average, parameter in zip(ema.parameters(), model.parameters(), strict=True):
@@ -88,6 +125,6 @@ def fit(
     return ema.eval()
 
 
-def psnr(a, b):
-    """Peak signal-to-noise ratio in dB of images in [0, 1], over all elements."""
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB over all elements of two batches of images in [0, 1]; `a` is clamped to that."""
     return float(-10 * torch.log10((a.float().clamp(0, 1) - b).square().mean()))
