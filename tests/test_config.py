@@ -286,6 +286,13 @@ def test_the_advised_fraction_is_enough():
     assert trained_steps(validate(config, 1, check_files=False)) == 1
 
 
+def test_keys_of_one_reconstructor_are_refused_for_others():
+    refused("config.recon.input_views is 1, which only the reconstructor 'openlrm'", recon__input_views=1)
+    config = tiny.get_config()
+    config.recon.name, config.recon.input_views = "openlrm", 1
+    validate(config, 1, check_files=False)
+
+
 def test_statistics_and_kl_contradictions():
     refused("smaller than min_count", per_prompt_stat_tracking__buffer_size=3)
     refused("there is no KL to put into", kl_penalty=False)

@@ -17,19 +17,11 @@ from torch import nn
 from recon.cameras import Cameras, project
 from recon.grm import GRM, Attention
 from recon.grm_checkpoint import convert
+from tests.tiny_models import SMALL_GRM
 from tools import convert_grm
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
-SMALL = {
-    "in_channels": 3,
-    "input_res": 16,
-    "patch_size": 8,
-    "layers": 2,
-    "width": 64,
-    "window_size": 32,
-    "decoder_ratio": 1,
-}
 
 
 def golden_grm(name):
@@ -97,7 +89,7 @@ def test_activated_gaussians(name):
 
 
 def test_one_set_of_cameras_serves_all_objects():
-    model, cameras = GRM(**SMALL).eval(), GRM.input_cameras()
+    model, cameras = GRM(**SMALL_GRM).eval(), GRM.input_cameras()
     views = torch.rand(2, 4, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(model.gaussians(views, cameras), model.gaussians(views, cameras.expand(2)))
@@ -113,7 +105,7 @@ def test_attention_has_the_heads_of_multihead_attention():
 
 def test_input_cameras():
     golden = load_file(GOLDEN / "grm_tiny_a.safetensors")
-    cameras, model = GRM.input_cameras(), GRM(**SMALL)
+    cameras, model = GRM.input_cameras(), GRM(**SMALL_GRM)
     assert (cameras.c2w - golden["cameras/c2w"]).abs().max() < 1e-6
     assert (cameras.fxfycxcy - golden["cameras/fxfycxcy"]).abs().max() < 1e-6
     assert (model.num_views, model.input_size, len(model.cameras)) == (4, 16, 4)
@@ -152,7 +144,7 @@ def test_the_network_may_be_in_half_precision():
 
 def test_half_size_inputs_without_an_upsampler():
     """The encoder sees 16 pixels, the heads make up for it and for the patches."""
-    params = {**SMALL, "decoder_ratio": 0, "input_res": 32, "half_res_input": True}
+    params = {**SMALL_GRM, "decoder_ratio": 0, "input_res": 32, "half_res_input": True}
     model = GRM(**params).requires_grad_(False)
     assert not any(key.startswith("gaussian_upsampler") for key in model.state_dict())
     assert model.out_layer_rotation.weight.shape == (4 * 16 * 16, 64, 1, 1)
@@ -167,7 +159,9 @@ def test_half_size_inputs_without_an_upsampler():
 
 def test_softplus_scales_are_clipped_and_multiplied():
     render = {"scaling_activation_type": "softplus", "scale_multi_act": 0.02}
-    model = GRM(render=render, **SMALL, scaling_activation_type="softplus", scale_max=-0.01, scale_offset=5.0).eval()
+    model = GRM(
+        render=render, **SMALL_GRM, scaling_activation_type="softplus", scale_max=-0.01, scale_offset=5.0
+    ).eval()
     views, cameras = torch.rand(1, 4, 3, 16, 16), GRM.input_cameras()
     with torch.no_grad():
         raw = model._heads(model.encode(views * 2 - 1, *vars(cameras.expand(1)).values())["tokens"])["scaling"]
@@ -193,11 +187,11 @@ def test_softplus_scales_are_clipped_and_multiplied():
 )
 def test_impossible_parameters_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        GRM(**{**SMALL, **change})
+        GRM(**{**SMALL_GRM, **change})
 
 
 def test_views_of_another_size_or_number_are_refused():
-    model, cameras = GRM(**SMALL), GRM.input_cameras()
+    model, cameras = GRM(**SMALL_GRM), GRM.input_cameras()
     with pytest.raises(ValueError, match=r"images of shape \(1, 4, 3, 32, 32\) but takes \(1, 4, 3, 16, 16\)"):
         model.gaussians(torch.zeros(1, 4, 3, 32, 32), cameras)
     with pytest.raises(ValueError, match=r"c2w of shape \(1, 3, 4, 4\)"):
@@ -215,7 +209,7 @@ RENDER = {
     "scale_max_act": 0.3,
     "scale_multi_act": 0.1,
 }
-VISUAL = {**SMALL, "checkpointing": True, "num_input_views": 4}
+VISUAL = {**SMALL_GRM, "checkpointing": True, "num_input_views": 4}
 
 
 class EasyDict(dict):
@@ -267,7 +261,7 @@ def checkpoint(model, visual=VISUAL, render=RENDER, parallel=True):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_published_file_becomes_a_folder(save, tmp_path, monkeypatch, capsys, parallel):
-    model = GRM(**SMALL)
+    model = GRM(**SMALL_GRM)
     source = save(checkpoint(model, parallel=parallel))
     monkeypatch.setattr("sys.argv", ["convert_grm", str(source), str(tmp_path / "grm")])
     convert_grm.main()
@@ -282,14 +276,14 @@ def test_a_published_file_becomes_a_folder(save, tmp_path, monkeypatch, capsys, 
 
 
 def test_half_precision_files_stay_small_and_run_in_float32(save, tmp_path):
-    convert(save(checkpoint(GRM(**SMALL).half())), tmp_path / "grm")
+    convert(save(checkpoint(GRM(**SMALL_GRM).half())), tmp_path / "grm")
     assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "grm" / "model.safetensors").values())
     assert all(value.dtype == torch.float32 for value in GRM.from_pretrained(tmp_path / "grm").state_dict().values())
 
 
 def test_without_a_smallest_scale_the_other_constants_are_the_published_ones(save, tmp_path):
     render = {"sh_degree": 0, "scaling_activation_type": "softplus", "scale_max_act": 7.0, "scale_multi_act": 7.0}
-    convert(save(checkpoint(GRM(**SMALL), render=render)), tmp_path / "grm")
+    convert(save(checkpoint(GRM(**SMALL_GRM), render=render)), tmp_path / "grm")
     params = GRM.from_pretrained(tmp_path / "grm").render_params
     assert (params.scale_min_act, params.scale_max_act, params.scale_multi_act) == (1.0, 1.0, 0.1)
 
@@ -299,7 +293,7 @@ def test_without_a_smallest_scale_the_other_constants_are_the_published_ones(sav
 def test_code_is_refused_and_never_runs(save, tmp_path, place, function, what):
     trace = tmp_path / "ran"
     code = Code(function, f"open({str(trace)!r}, 'w')" if function is eval else f"touch {trace}")
-    content = checkpoint(GRM(**SMALL))
+    content = checkpoint(GRM(**SMALL_GRM))
     if place == "alone":
         content = code
     elif place == "config":
@@ -346,26 +340,26 @@ def without(dictionary, key):
             r"1 of another shape \(out_layer_depth.weight: \(2,\) instead of \(16, 64, 1, 1\)\); give",
         ),
         (
-            lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "layers": 3}),
+            lambda file: checkpoint(GRM(**SMALL_GRM), visual={**VISUAL, "layers": 3}),
             r"12 missing \(transformer_encoder.transformer.resblocks.2.attn.in_proj_bias, .*, ...\); give",
         ),
-        (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "width": 128}), r"of another shape"),
-        (lambda file: checkpoint(GRM(**SMALL), visual={**VISUAL, "window_size": 7}), "window_size is 7"),
+        (lambda file: checkpoint(GRM(**SMALL_GRM), visual={**VISUAL, "width": 128}), r"of another shape"),
+        (lambda file: checkpoint(GRM(**SMALL_GRM), visual={**VISUAL, "window_size": 7}), "window_size is 7"),
         (
-            lambda file: checkpoint(GRM(**SMALL), visual=without(VISUAL, "width")),
+            lambda file: checkpoint(GRM(**SMALL_GRM), visual=without(VISUAL, "width")),
             "no complete configuration of a GRM .*'width'",
         ),
     ],
 )
 def test_other_files_get_one_sentence(save, tmp_path, change, message):
-    source = save(change(checkpoint(GRM(**SMALL))))
+    source = save(change(checkpoint(GRM(**SMALL_GRM))))
     with pytest.raises(ValueError, match=message) as error:
         convert(source, tmp_path / "grm")
     assert "\n" not in str(error.value) and not (tmp_path / "grm").exists()
 
 
 def test_unreadable_files_get_one_sentence(save, tmp_path):
-    source = save(checkpoint(GRM(**SMALL)))
+    source = save(checkpoint(GRM(**SMALL_GRM)))
     source.write_bytes(source.read_bytes()[:20_000])
     with pytest.raises(ValueError, match="grm_u.pth could not be read .* download it again") as error:
         convert(source, tmp_path / "grm")
@@ -387,7 +381,7 @@ def test_a_full_disk_leaves_nothing_half_written(save, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    source = save(checkpoint(GRM(**SMALL)))
+    source = save(checkpoint(GRM(**SMALL_GRM)))
     convert(source, tmp_path / "old")
     before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
     monkeypatch.setattr("recon.grm.save_file", fail)
@@ -412,7 +406,7 @@ def test_a_published_file_itself_is_not_loaded(save, tmp_path):
 
 
 def test_damaged_folders_get_one_sentence(tmp_path):
-    GRM(**SMALL).save_pretrained(tmp_path)
+    GRM(**SMALL_GRM).save_pretrained(tmp_path)
     weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
 
     def refused(message):

@@ -1,14 +1,24 @@
 """The reward: boxes, crops and scores against the published ones, the closed loophole, the reconstructor's contract."""
 
+import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from config import tiny
 from mrc import LPIPS, MRC, compute_bounding_box, crop_box, make_square_bbox, score_views
+from mrc.bounding_box import background_is_white, object_is_cut
 from mrc.mrc import crop_pairs, view_boxes
+from mrc.rewards import load_reward
 from mrc.sanity_rewards import jpeg_compressibility, jpeg_incompressibility, tile_views
+from recon import RECONSTRUCTORS
+from tests.tiny_models import SMALL_RECONSTRUCTORS
+from tiny.objects import build, render
+from tools.validate_mrc import fitted_cameras
 
 TENSORS = load_file(Path(__file__).parent / "golden" / "mrc.safetensors")
 GRIDS = TENSORS["mv_images"] / 255
@@ -154,3 +164,88 @@ def test_jpeg_rewards():
     sizes = jpeg_incompressibility(torch.cat([smooth, noisy]))
     assert sizes.shape == (2,) and 0 < sizes[0] < sizes[1] < 128 * 128 * 3 / 1000
     assert torch.equal(jpeg_compressibility(torch.cat([smooth, noisy])), -sizes)
+
+
+# -- with real reconstructors ------------------------------------------------------------------------------------------
+
+
+def difference(a, b):
+    return (a - b).abs().mean((1, 2, 3))
+
+
+@pytest.mark.parametrize("name", list(RECONSTRUCTORS))
+def test_mrc_takes_every_reconstructor(name):
+    torch.manual_seed(0)
+    model = SMALL_RECONSTRUCTORS[name]().eval().requires_grad_(False)
+    objects = build(["a red cube", "a blue cone"], torch.Generator().manual_seed(0))
+    views = render(objects, fitted_cameras(model.cameras), 40)[0]
+    judge = MRC(model, difference, render_size=24)
+    first, second = judge(views), judge(views)
+    assert first.renders.shape == (2, 4, 3, 24, 24) and first.lpips.shape == (2, 4)
+    assert (first.reward < 0).all() and not first.empty.any()
+    assert torch.allclose(first.reward, -first.lpips.mean(1))
+    for field in ("reward", "lpips", "renders"):
+        assert torch.equal(getattr(first, field), getattr(second, field))
+    alone = judge(views[1:])
+    assert torch.allclose(alone.reward, first.reward[1:], atol=1e-5)  # a sample is scored by itself
+
+
+def test_a_view_that_was_not_compared_does_not_count():
+    """OpenLRM's scene of the first view alone says nothing about that view."""
+    torch.manual_seed(0)
+    model = SMALL_RECONSTRUCTORS["openlrm"]().eval().requires_grad_(False)
+    model.input_views = 1
+    views = views_with_square([40, 30, 50, 40])
+    result = MRC(model, difference)(views)
+    assert result.lpips[0, 0].isnan() and not result.lpips[0, 1:].isnan().any()
+    assert torch.allclose(result.reward, -result.lpips[:, 1:].mean(1))
+
+
+# -- views as no reconstructor expects them ----------------------------------------------------------------------------
+
+
+def gray_views():
+    """Two samples, the second on gray."""
+    views = torch.ones(2, 4, 3, 32, 32)
+    views[1] = 0.6
+    views[..., 8:24, 8:24] = 0.2
+    return views
+
+
+def test_a_gray_background_is_noticed_once():
+    views = gray_views()
+    assert background_is_white(views).tolist() == [True, False]
+    judge = MRC(PerfectReconstructor(), difference)
+    with pytest.warns(UserWarning, match="1 of 2 samples are not on white.*config.recon.remove_background"):
+        judge(views)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        judge(views)
+        MRC(PerfectReconstructor(), difference)(views[:1])
+
+
+def test_an_object_that_leaves_a_view_is_noticed():
+    views = torch.ones(2, 4, 3, 32, 32)
+    views[:, :, :, 8:24, 8:24] = 0.2
+    views[1, 2, :, 8:24, 20:] = 0.2  # touches the right border of one view
+    assert object_is_cut(views).tolist() == [False, True] and background_is_white(views).all()
+    assert not object_is_cut(gray_views()).any()  # which is the other warning
+    with pytest.warns(UserWarning, match="1 of 2 samples show an object that leaves its view"):
+        MRC(PerfectReconstructor(), difference)(views)
+
+
+def test_the_background_is_removed_before_the_reward(monkeypatch):
+    """With a stand-in for rembg that takes everything lighter than 0.4 for background."""
+
+    def remove(image, session):
+        image = image.convert("RGBA")
+        image.putalpha(image.convert("L").point(lambda value: 255 * (value < 0.4 * 255)))
+        return image
+
+    monkeypatch.setitem(sys.modules, "rembg", SimpleNamespace(new_session=lambda: "session", remove=remove))
+    config = tiny.get_config()
+    config.recon.remove_background = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rewards = load_reward(config, "cpu")(gray_views(), ["a box"] * 2).reward
+    assert torch.allclose(rewards[0], rewards[1], atol=1e-3)  # they differ by their backgrounds alone

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from recon.cameras import (
@@ -24,31 +23,12 @@ from recon.cameras import (
 from recon.openlrm import OPTIONS, OpenLRM, resize_input
 from recon.openlrm_checkpoint import convert_openlrm, published_name, published_shapes
 from recon.volume_rendering import blurred_importance_depths, sample_planes, stratified_depths
+from tests.tiny_models import openlrm_config
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "openlrm_manifest.json").read_text())
 CAMERAS = load_file(GOLDEN / "openlrm_cameras.safetensors")
 RENDER_SIZE, REGION = 10, (slice(3, 8), slice(5, 10))
-
-
-def golden_config(name):
-    """config.json of the tiny model `name`, with the keys of the published ones."""
-    with safe_open(GOLDEN / f"openlrm_tiny_{name}.safetensors", "pt") as file:
-        config = json.loads(file.metadata()["config"])
-    encoder = config.pop("enc")
-    overrides = dict(
-        hidden_size=encoder["dim"],
-        num_hidden_layers=encoder["depth"],
-        num_attention_heads=encoder["heads"],
-        image_size=encoder["img_size"],
-    )
-    return dict(
-        config,
-        encoder_model_name="dinov2_vits14_reg",
-        encoder_feat_dim=encoder["dim"],
-        input_size={"a": 56, "b": 70}[name],
-        encoder_overrides=overrides,
-    )
 
 
 def golden_weights(data):
@@ -59,7 +39,7 @@ def golden_weights(data):
 def golden(request):
     """A tiny model and the tensors of its file."""
     data = load_file(GOLDEN / f"openlrm_tiny_{request.param}.safetensors")
-    model = OpenLRM(**golden_config(request.param)).eval().requires_grad_(False)
+    model = OpenLRM(**openlrm_config(request.param)).eval().requires_grad_(False)
     model.load_state_dict(convert_openlrm(golden_weights(data), model))
     return model, data
 
@@ -162,7 +142,7 @@ def test_blurred_importance_follows_the_weights_half_an_interval_early():
 @pytest.fixture(scope="module")
 def model():
     data = load_file(GOLDEN / "openlrm_tiny_a.safetensors")
-    model = OpenLRM(**golden_config("a")).eval().requires_grad_(False)
+    model = OpenLRM(**openlrm_config("a")).eval().requires_grad_(False)
     model.load_state_dict(convert_openlrm(golden_weights(data), model))
     return model
 
@@ -171,7 +151,7 @@ def test_a_view_to_a_scene_to_images():
     """From a view of the default source camera to the golden renders, through the protocol of reconstructors."""
     for name in "ab":
         data = load_file(GOLDEN / f"openlrm_tiny_{name}.safetensors")
-        model = OpenLRM(**golden_config(name)).eval()
+        model = OpenLRM(**openlrm_config(name)).eval()
         model.load_state_dict(convert_openlrm(golden_weights(data), model))
         model.input_views = 1
         source = Cameras(look_at((0.0, -2.0, 0.0))[None], torch.tensor([[0.75, 0.75, 0.5, 0.5]]))
@@ -270,7 +250,7 @@ def test_input_is_resized_with_aligned_corners(model):
 
 
 def test_half_precision_stops_at_the_planes():
-    model = OpenLRM(**golden_config("b")).eval()
+    model = OpenLRM(**openlrm_config("b")).eval()
     decoder = [parameter.clone() for parameter in model.decoder.parameters()]
     model = model.set_dtype(torch.bfloat16)
     assert {key for key, value in model.state_dict().items() if value.dtype != torch.bfloat16} == {
@@ -370,7 +350,7 @@ def test_names():
 def folder(tmp_path):
     """The tiny model a as it would be published, and its weights."""
     weights = golden_weights(load_file(GOLDEN / "openlrm_tiny_a.safetensors"))
-    (tmp_path / "config.json").write_text(json.dumps(golden_config("a")))
+    (tmp_path / "config.json").write_text(json.dumps(openlrm_config("a")))
     save_file(weights, tmp_path / "model.safetensors")
     return tmp_path, weights
 
@@ -396,7 +376,7 @@ def truncate(path, _):
 
 def configure(**entries):
     def spoil(path, _):
-        (path / "config.json").write_text(json.dumps(dict(golden_config("a"), **entries)))
+        (path / "config.json").write_text(json.dumps(dict(openlrm_config("a"), **entries)))
 
     return spoil
 

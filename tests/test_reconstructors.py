@@ -3,7 +3,6 @@
 import ast
 import subprocess
 import sys
-import warnings
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,38 +11,21 @@ import pytest
 import torch
 
 import recon
-from config import base, tiny
+from config import base
 from recon import RECONSTRUCTORS, Reconstructor, background_remover, load_reconstructor, reconstructor_cameras
 from recon.cameras import Cameras, orbit_cameras
 from recon.grm import GRM
-from recon.lgm import LGM
 from recon.mesh import extract_mesh
 from recon.openlrm import OpenLRM
-from recon.tiny_lrm import TinyLRM
-from tests.test_grm import SMALL
-from tests.test_openlrm import golden_config
+from tests.tiny_models import SMALL_GRM, SMALL_RECONSTRUCTORS
 
-SMALL_LGM = dict(
-    input_size=32,
-    down_channels=(32, 64),
-    down_attention=(False, True),
-    up_channels=(64, 32),
-    up_attention=(True, False),
-    splat_size=32,
-)
-SMALL_MODELS = {
-    "tiny_lrm": lambda: TinyLRM(width=8, volume=8, voxel_channels=4, plane_width=32, plane_channels=4, hidden=16),
-    "lgm": lambda: LGM(**SMALL_LGM),
-    "grm": lambda: GRM(**SMALL),
-    "openlrm": lambda: OpenLRM(**golden_config("a")),
-}
 OTHER_ROOMS = {"benchmarks", "config", "ddpo", "diffusers_patch", "mrc", "prompts", "tests", "tiny", "tools"}
 
 
 @pytest.fixture(params=list(RECONSTRUCTORS))
 def model(request):
     torch.manual_seed(0)
-    return SMALL_MODELS[request.param]().eval().requires_grad_(False)
+    return SMALL_RECONSTRUCTORS[request.param]().eval().requires_grad_(False)
 
 
 def random_views(model, count):
@@ -102,7 +84,7 @@ def test_compare(model):
 
 
 def test_cameras_follow_the_device():
-    for make in SMALL_MODELS.values():
+    for make in SMALL_RECONSTRUCTORS.values():
         with torch.device("meta"):
             assert make().cameras.c2w.device.type == "meta"
 
@@ -119,7 +101,7 @@ def test_a_reconstructor_must_provide_the_protocol():
 def test_the_radiance_field_is_the_one_that_is_rendered(name):
     """Alpha of a ray from the field, sampled finely in the common world, against `render`."""
     torch.manual_seed(0)
-    model = SMALL_MODELS[name]().eval().requires_grad_(False)
+    model = SMALL_RECONSTRUCTORS[name]().eval().requires_grad_(False)
     if name == "openlrm":
         model.samples = 400  # of a ray, since it takes half an interval at either side of the box for empty
     scene = model.reconstruct(random_views(model, 1), model.cameras)
@@ -166,7 +148,7 @@ def test_the_room_imports_no_other_room():
 def test_cameras_are_known_before_weights_are_loaded(name):
     config = base.get_config().recon
     config.name, config.checkpoint = name, "nothing"
-    assert torch.equal(reconstructor_cameras(config).c2w, SMALL_MODELS[name]().cameras.c2w)
+    assert torch.equal(reconstructor_cameras(config).c2w, SMALL_RECONSTRUCTORS[name]().cameras.c2w)
 
 
 def test_unknown_names():
@@ -182,7 +164,7 @@ def test_loading_by_name(name, monkeypatch):
     """Every model gets its precision and chunks, OpenLRM the number of input views; none can be trained."""
     module, _, attribute = RECONSTRUCTORS[name].partition(":")
     cls = getattr(import_module(module), attribute)
-    monkeypatch.setattr(cls, "from_pretrained", lambda checkpoint: SMALL_MODELS[name]().train())
+    monkeypatch.setattr(cls, "from_pretrained", lambda checkpoint: SMALL_RECONSTRUCTORS[name]().train())
     config = base.get_config().recon
     config.name, config.dtype, config.chunk_size, config.input_views = name, "bf16", 1000, 2
     model = load_reconstructor(config)
@@ -192,7 +174,7 @@ def test_loading_by_name(name, monkeypatch):
 
 
 def test_grm_by_name(tmp_path):
-    GRM(**SMALL).save_pretrained(tmp_path)
+    GRM(**SMALL_GRM).save_pretrained(tmp_path)
     config = base.get_config().recon
     config.name, config.checkpoint, config.dtype = "grm", str(tmp_path), "bf16"
     model = load_reconstructor(config)
@@ -234,61 +216,3 @@ def test_without_rembg_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "rembg", None)
     with pytest.raises(ValueError, match="config.recon.remove_background is True, but rembg is not installed"):
         background_remover()
-
-
-# -- what the reward does with them -----------------------------------------------------------------------------------
-
-
-def difference(a, b):
-    return (a - b).abs().mean((1, 2, 3))
-
-
-def test_the_number_of_input_views_is_openlrms():
-    from config.validate import validate
-
-    config = tiny.get_config()
-    config.recon.input_views = 1
-    with pytest.raises(ValueError, match="config.recon.input_views is 1, which only"):
-        validate(config, 1, check_files=False)
-    config.recon.name = "openlrm"
-    validate(config, 1, check_files=False)
-
-
-def test_a_gray_background_is_noticed_once():
-    from mrc import MRC
-    from mrc.bounding_box import background_is_white
-
-    views = gray_views()
-    assert background_is_white(views).tolist() == [True, False]
-    model = SMALL_MODELS["tiny_lrm"]().eval()
-    judge = MRC(model, difference)
-    with pytest.warns(UserWarning, match="1 of 2 samples are not on white.*config.recon.remove_background"):
-        judge(views)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        judge(views)
-        MRC(model, difference)(views[:1])
-
-
-def test_an_object_that_leaves_a_view_is_noticed():
-    from mrc import MRC
-    from mrc.bounding_box import background_is_white, object_is_cut
-
-    views = torch.ones(2, 4, 3, 32, 32)
-    views[:, :, :, 8:24, 8:24] = 0.2
-    views[1, 2, :, 8:24, 20:] = 0.2  # touches the right border of one view
-    assert object_is_cut(views).tolist() == [False, True] and background_is_white(views).all()
-    assert not object_is_cut(gray_views()).any()  # which is the other warning
-    with pytest.warns(UserWarning, match="1 of 2 samples show an object that leaves its view"):
-        MRC(SMALL_MODELS["tiny_lrm"]().eval(), difference)(views)
-
-
-def test_the_background_is_removed_before_the_reward(rembg):
-    from ddpo.setup import load_reward
-
-    config = tiny.get_config()
-    config.recon.remove_background = True
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        rewards = load_reward(config, "cpu")(gray_views(), ["a box"] * 2).reward
-    assert torch.allclose(rewards[0], rewards[1], atol=1e-3)  # they differ by their backgrounds alone

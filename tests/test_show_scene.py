@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 from config import tiny
+from mrc import LPIPS, MRC
+from recon import RECONSTRUCTORS
 from recon.cameras import instant3d_cameras
 from recon.gaussian_splatting import Gaussians
 from recon.mesh import extract_mesh, save_mesh_ply
+from tests.tiny_models import SMALL_RECONSTRUCTORS
 from tiny.objects import build, fixed_views
 from tools import show_scene
 from tools.show_scene import load_views, save_scene, turntable_cameras
@@ -91,6 +94,21 @@ def test_the_command(pictures, tmp_path, monkeypatch, capsys):
     with Image.open(tmp_path / "out" / "turntable.gif") as turntable:
         assert turntable.n_frames == 4 and turntable.size == (64, 64)
     assert (tmp_path / "out" / "views.png").exists() and (tmp_path / "out" / "scene.ply").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("name", list(RECONSTRUCTORS))
+def test_the_command_takes_every_reconstructor(name, pictures, tmp_path, monkeypatch, capsys):
+    """With random weights; a mesh of such a field need not exist, so one is put in its place."""
+    torch.manual_seed(0)
+    model = SMALL_RECONSTRUCTORS[name]().eval().requires_grad_(False)
+    monkeypatch.setattr(show_scene, "FRAMES", 2)
+    monkeypatch.setattr(show_scene, "load_mrc", lambda config, device: MRC(model, LPIPS(), render_size=32))
+    monkeypatch.setattr(show_scene, "extract_mesh", lambda field, device: extract_mesh(ball, resolution=8))
+    config = tiny.get_config()
+    config.recon.render_size = 32
+    show_scene.main(SimpleNamespace(config=config, out=str(tmp_path / "out")), *pictures[0])
+    assert "MRC of each view" in capsys.readouterr().out
+    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["scene.ply", "turntable.gif", "views.png"]
 
 
 def test_a_scene_of_gaussians_is_written_as_it_is(tmp_path):

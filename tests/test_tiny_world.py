@@ -11,7 +11,7 @@ from PIL import Image
 
 from config import tiny
 from config.validate import validate
-from ddpo.setup import load_painter
+from diffusers_patch.loading import load_painter
 from diffusers_patch.mv_sdxl import split_grid
 from diffusers_patch.rollout import rollout
 from mrc.sanity_rewards import tile_views

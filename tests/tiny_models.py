@@ -1,7 +1,8 @@
 """Models small enough that a whole training run takes seconds, and the settings of such a run.
 
-`make_world(folder)` writes a painter and a sculptor with random weights and prompt files; `flags(world, ...)` are the
-trainer's flags for them. `golden_policy()` is the painter of the golden rollout and of the golden update.
+`make_world(folder)` writes a painter and a reconstructor with random weights and prompt files; `flags(world, ...)` are
+the trainer's flags for them. `golden_policy()` is the painter of the golden rollout and of the golden update.
+`SMALL_RECONSTRUCTORS` makes one of every kind, with random weights.
 """
 
 import json
@@ -16,11 +17,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_patch.mv_sdxl import MVSDXL
 from recon.cameras import instant3d_cameras
+from recon.grm import GRM
+from recon.lgm import LGM
+from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
 from tiny.train_painter import assemble, make_tokenizer
 
@@ -221,3 +226,48 @@ def golden_policy():
         add_watermarker=False,
     )
     return GoldenPainter(pipeline, instant3d_cameras())
+
+
+def openlrm_config(name):
+    """config.json of the tiny model `name`, with the keys of the published ones."""
+    with safe_open(GOLDEN / f"openlrm_tiny_{name}.safetensors", "pt") as file:
+        config = json.loads(file.metadata()["config"])
+    encoder = config.pop("enc")
+    overrides = dict(
+        hidden_size=encoder["dim"],
+        num_hidden_layers=encoder["depth"],
+        num_attention_heads=encoder["heads"],
+        image_size=encoder["img_size"],
+    )
+    return dict(
+        config,
+        encoder_model_name="dinov2_vits14_reg",
+        encoder_feat_dim=encoder["dim"],
+        input_size={"a": 56, "b": 70}[name],
+        encoder_overrides=overrides,
+    )
+
+
+SMALL_GRM = {
+    "in_channels": 3,
+    "input_res": 16,
+    "patch_size": 8,
+    "layers": 2,
+    "width": 64,
+    "window_size": 32,
+    "decoder_ratio": 1,
+}
+SMALL_LGM = dict(
+    input_size=32,
+    down_channels=(32, 64),
+    down_attention=(False, True),
+    up_channels=(64, 32),
+    up_attention=(True, False),
+    splat_size=32,
+)
+SMALL_RECONSTRUCTORS = {
+    "tiny_lrm": lambda: TinyLRM(width=8, volume=8, voxel_channels=4, plane_width=32, plane_channels=4, hidden=16),
+    "lgm": lambda: LGM(**SMALL_LGM),
+    "grm": lambda: GRM(**SMALL_GRM),
+    "openlrm": lambda: OpenLRM(**openlrm_config("a")),
+}

@@ -72,7 +72,7 @@ def save_scene(reconstructor: Reconstructor, scene, file: Path) -> None:
     if isinstance(scene, Gaussians):
         save_gaussians_ply(scene, file)
     else:
-        save_mesh_ply(file, *extract_mesh(reconstructor.radiance_field(scene), device=scene.planes.device))
+        save_mesh_ply(file, *extract_mesh(reconstructor.radiance_field(scene), device=reconstructor.device))
 
 
 def define_flags() -> None:
