@@ -7,10 +7,12 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
+import ddpo.calibration
 import ddpo.update
 from config import base
+from ddpo.calibration import StepCalibration, kl_between, trajectory_means
 from ddpo.setup import make_optimizer
-from ddpo.update import StepCalibration, kl_between, micro_batch_losses, shuffled, trajectory_means, update
+from ddpo.update import micro_batch_losses, shuffled_micro_batches, update
 from diffusers_patch.ddim_with_logprob import ddim_std
 from diffusers_patch.rollout import Trajectory, rollout
 from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy
@@ -145,13 +147,14 @@ def gradient_of(policy, trajectory, advantages, index, steps, config):
 def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
     config, policy = golden_config(CASES["C"]), lora_policy("C/lora_init")
     config.train.timestep_weighting = "noise"
-    order, steps = shuffled(8, 5, 1.0, torch.Generator().manual_seed(0))
-    arguments = policy, golden_trajectory(), TENSORS["rollout/advantages"], order[:4], steps[:4]
+    config.train.batch_size = 4
+    (index, steps), *_ = next(shuffled_micro_batches(8, config, torch.Generator().manual_seed(0)))
+    arguments = policy, golden_trajectory(), TENSORS["rollout/advantages"], index, steps
     alone, loss_alone, _ = gradient_of(*arguments, config)
     for together in (2, 5):  # 2 leaves a remainder of 1
         config.train.timesteps_per_forward = together
         gradient, loss, infos = gradient_of(*arguments, config)
-        assert len(infos) == -(-5 // together) and sum(float(info["share"]) for info in infos) == pytest.approx(1)
+        assert len(infos) == -(-5 // together) and sum(float(info["fraction"]) for info in infos) == pytest.approx(1)
         assert (gradient - alone).abs().max() <= 1e-4 * alone.abs().max()
         assert loss == pytest.approx(loss_alone, abs=1e-6)
 
@@ -171,9 +174,14 @@ def test_noise_weights_do_not_depend_on_the_steps_drawn():
         assert torch.allclose(weighted, weight * plain, rtol=1e-4, atol=1e-6 * plain.abs().max())
 
 
-def test_skipped_steps_are_never_drawn():
-    order, steps = shuffled(6, 4, 0.5, torch.Generator().manual_seed(1))
-    assert sorted(order.tolist()) == list(range(6))
+def test_micro_batches_hold_every_sample_once_per_pass_and_no_skipped_step():
+    config = golden_config(CASES["A"])
+    config.train.skip_last_steps, config.train.timestep_fraction = 1, 0.5
+    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.num_inner_epochs = 2, 3, 2
+    passes = list(shuffled_micro_batches(6, config, torch.Generator().manual_seed(1)))
+    assert [len(micro_batches) for micro_batches in passes] == [3, 3]  # an optimizer step each
+    order, steps = (torch.cat(parts) for parts in zip(*passes[0], strict=True))
+    assert sorted(order.tolist()) == list(range(6)) and order.tolist() != list(range(6))
     assert steps.shape == (6, 2) and steps.max() <= 3 and (steps[:, 0] != steps[:, 1]).all()
     assert len({tuple(row.tolist()) for row in steps}) > 1  # independently per sample
 
@@ -247,7 +255,7 @@ def test_calibration_reaches_the_wanted_kl():
 
 
 @pytest.mark.parametrize(
-    "processes, share, expected",
+    "processes, per_process, expected",
     [
         (1, 64, [[0, 8, 16, 24, 32, 40, 48, 56]]),
         (2, 32, [[0, 8, 16, 24]] * 2),
@@ -255,13 +263,13 @@ def test_calibration_reaches_the_wanted_kl():
         (1, 6, [[*range(6)]]),
     ],
 )
-def test_calibration_measures_the_same_samples_for_any_number_of_processes(processes, share, expected, monkeypatch):
+def test_calibration_measures_the_same_samples_for_any_number_of_processes(processes, per_process, expected, monkeypatch):
     picked = []
-    monkeypatch.setattr(ddpo.update, "trajectory_means", lambda p, t, index, c: picked.append(index.tolist()))
+    monkeypatch.setattr(ddpo.calibration, "trajectory_means", lambda p, t, index, c: picked.append(index.tolist()))
     config, policy = golden_config(CASES["A"]), lora_policy("A/lora_init")
     config.train.kl_per_update = 0.1
     for process in range(processes):
         accelerator = type("Rank", (), {"process_index": process, "num_processes": processes})
-        trajectory = Trajectory(None, torch.zeros(share, 5), None, None, None, None, None)
+        trajectory = Trajectory(None, torch.zeros(per_process, 5), None, None, None, None, None)
         StepCalibration(policy, None, accelerator, config).start(trajectory)
     assert picked == expected
