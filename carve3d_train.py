@@ -34,7 +34,7 @@ from ddpo.sampling import (
     collect_samples,
     epoch_prompts,
     gather_scores,
-    gather_validation,
+    gather_uneven_scores,
     local_slice,
     make_generator,
 )
@@ -104,7 +104,8 @@ class Run:
         prompts = epoch_prompts(self.prompts, config, epoch, accelerator.num_processes)
         local = local_slice(len(prompts), accelerator)
         generators = [make_generator(config.seed, NOISE, epoch, i) for i in range(local.start, local.stop)]
-        samples = self.collect_samples(prompts[local], generators)
+        shown = config.sample.save_images if accelerator.is_main_process and epoch % config.save_freq == 0 else 0
+        samples = self.collect_samples(prompts[local], generators, shown)
 
         gathered = gather_scores(samples, accelerator)
         advantages = compute_advantages(
@@ -125,7 +126,7 @@ class Run:
         start = time.perf_counter()
         updates = []
         if epoch > 0:  # the first epoch only fills the trackers
-            updates = self.update(epoch, samples.trajectory, advantages[local].to(accelerator.device))
+            updates = self.update(epoch, samples.trajectory, advantages[local])
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.log.epoch(epoch, samples, prompts[local], gathered, updates, learning_rate, seconds)
@@ -155,13 +156,13 @@ class Run:
         samples = None
         if local:
             generators = [make_generator(0, VALIDATION, i) for i in local]
-            samples = self.collect_samples([prompts[i] for i in local], generators)
-        self.log.validation(self.epochs_done, gather_validation(samples, local), prompts)
+            samples = self.collect_samples([prompts[i] for i in local], generators, keep_images=len(local))
+            self.log.validation_images(self.epochs_done, local, samples.images)
+        self.log.validation(self.epochs_done, gather_uneven_scores(samples, local), prompts)
 
-    def collect_samples(self, prompts, generators):
-        return collect_samples(
-            self.policy, self.reward_fn, prompts, generators, self.config, self.score_reference, self.show_progress
-        )
+    def collect_samples(self, prompts, generators, keep_images):
+        models, switches = (self.policy, self.reward_fn), (self.score_reference, keep_images, self.show_progress)
+        return collect_samples(*models, prompts, generators, self.config, *switches)
 
     def save(self):
         """The LoRA for stock diffusers, the curves, and last, because it says that all is there, a checkpoint."""

@@ -62,7 +62,7 @@ class StepCalibration:
         per_process, num_processes = len(self.trajectory), self.accelerator.num_processes
         first = per_process * self.accelerator.process_index
         spacing = max(1, per_process * num_processes // max(SAMPLES, num_processes))
-        index = torch.arange(first, first + per_process, device=self.policy.device)
+        index = torch.arange(first, first + per_process)
         return trajectory_means(self.policy, self.trajectory, index[index % spacing == 0] - first, self.config)
 
 
@@ -72,10 +72,11 @@ def trajectory_means(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means (b, K, ...) and stds (b, K, 1, ...), in float32, of the trainable steps of the samples `index` (b,)."""
     means, stds = [], []
+    batch = trajectory.take(index).to(policy.device)
     policy.scheduler.set_timesteps(trajectory.num_steps, device=policy.device)
     with policy.full_precision():
         for k in range(trainable_steps(config)):
-            old = trajectory.transitions(index, torch.full_like(index, k)[:, None])
+            old = batch.transitions(torch.full((len(batch), 1), k, device=policy.device))
             output = policy.predict(old.latents, old.timesteps, old.conditioning, config.sample.guidance_scale)
             mean, std = ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, config.sample.eta)
             means.append(mean)

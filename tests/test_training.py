@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from ddpo.checkpoint import checkpoints, find_checkpoint, load_checkpoint
+from ddpo.pictures import load_views
 from tests import children
 from tests.tiny_models import LATENT, flags, make_world, settings
 
@@ -96,8 +97,12 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
     assert names == {f"epoch_000{n}.png" for n in (0, 1, 2)} | validations | {"before_after_0003.png"}
     assert np.asarray(Image.open(whole_run / "samples/epoch_0001.png")).std() > 0
     assert np.asarray(Image.open(whole_run / "curves.png")).std() > 0
-    validation = np.load(whole_run / "validation/epoch_0003.npz")
-    assert validation["views"].shape == (3, 4, 3, 4 * LATENT, 4 * LATENT) and validation["views"].dtype == np.uint8
+    validation = whole_run / "validation/epoch_0003"
+    assert sorted(file.name for file in validation.iterdir()) == ["0000.png", "0001.png", "0002.png", "scores.json"]
+    images = load_views(validation / "0002.png")
+    assert images["views"].shape == images["renders"].shape == (4, 3, 4 * LATENT, 4 * LATENT)
+    scores = json.loads((validation / "scores.json").read_text())
+    assert scores["rewards"] == metrics(whole_run, "validation")[-1]["rewards"] and len(scores["prompts"]) == 3
     assert same_files(whole_run / "final", whole_run / "lora/epoch_0003", LORA)
 
 
@@ -147,8 +152,8 @@ def test_stock_diffusers_loads_what_was_learned(whole_run, world):
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
 MOMENTS = [  # the call in which the process dies, counted from where the run resumes
-    ("diffusers_patch.rollout.draw", 1),  # the first validation
-    ("diffusers_patch.rollout.draw", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
+    ("diffusers_patch.rollout.analytic_kl", 1),  # the first validation
+    ("diffusers_patch.rollout.analytic_kl", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
     ("ddpo.update.ppo_loss", 5),  # update of epoch 1, between its two micro-batches
     ("torch.save", 1),  # saving checkpoint 2, half of it is there
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there

@@ -135,13 +135,13 @@ def test_golden_update(name, monkeypatch):
 def gradient_of(policy, trajectory, advantages, index, steps, config):
     """The gradient of one micro-batch (flattened), its loss, and its list of infos."""
     total, infos = 0.0, []
-    for loss, info in micro_batch_losses(policy, trajectory, advantages, index, steps, config):
+    for loss, info in micro_batch_losses(policy, trajectory.take(index), advantages[index], steps, config):
         loss.backward()
         total += loss.item()
         infos.append(info)
     gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
     policy.unet.zero_grad()
-    return gradient, total, infos
+    return gradient / steps.shape[1], total / steps.shape[1], infos
 
 
 def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
@@ -154,7 +154,7 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
     for together in (2, 5):  # 2 leaves a remainder of 1
         config.train.timesteps_per_forward = together
         gradient, loss, infos = gradient_of(*arguments, config)
-        assert len(infos) == -(-5 // together) and sum(float(info["fraction"]) for info in infos) == pytest.approx(1)
+        assert len(infos) == -(-5 // together) and sum(info["steps"] for info in infos) == 5
         assert (gradient - alone).abs().max() <= 1e-4 * alone.abs().max()
         assert loss == pytest.approx(loss_alone, abs=1e-6)
 
@@ -194,7 +194,8 @@ def test_on_policy_the_ratio_is_one(composition):
     trajectory = rollout(policy, prompts, 5, 5.0, generator=torch.Generator().manual_seed(5))
     index = torch.arange(4) if composition == "same" else torch.tensor([2, 0])
     steps = torch.arange(5).expand(len(index), 5)
-    infos = [info for _, info in micro_batch_losses(policy, trajectory, torch.ones(4), index, steps, config)]
+    part, advantages = trajectory.take(index), torch.ones(len(index))
+    infos = [info for _, info in micro_batch_losses(policy, part, advantages, steps, config)]
     for info in infos:
         if composition == "same":
             assert info["ratio_min"] == info["ratio_max"] == 1
@@ -263,7 +264,9 @@ def test_calibration_reaches_the_wanted_kl():
         (1, 6, [[*range(6)]]),
     ],
 )
-def test_calibration_measures_the_same_samples_for_any_number_of_processes(processes, per_process, expected, monkeypatch):
+def test_calibration_measures_the_same_samples_for_any_number_of_processes(
+    processes, per_process, expected, monkeypatch
+):
     picked = []
     monkeypatch.setattr(ddpo.calibration, "trajectory_means", lambda p, t, index, c: picked.append(index.tolist()))
     config, policy = golden_config(CASES["A"]), lora_policy("A/lora_init")
