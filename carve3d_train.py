@@ -63,6 +63,8 @@ class Run:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.reward_fn = load_reward(config, accelerator.device)
         self.policy = load_painter(config, accelerator.device)
+        suffix = config.sample.prompt_suffix
+        self.policy.encode([prompt + suffix for prompt in (*self.prompts.train_set, *self.prompts.val_set)])
         make_trainable(self.policy, config)
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)

@@ -116,6 +116,9 @@ def get_config() -> ConfigDict:
     config.sample.batch_size = 8
     # Batches per process and epoch. 0 = derived from total_batch_size; a number given here wins over it.
     config.sample.num_batches_per_epoch = 0
+    # Samples (of 4 views, or one grid of them) that the VAE decodes at a time. The VAE of SDXL takes 3 GB for each in
+    # float32, so this bounds the memory; it changes no result.
+    config.sample.decode_batch_size = 8
     # Text appended to every prompt before the painter reads it, such as ", white background". Rewards and trackers
     # see the prompt without it.
     config.sample.prompt_suffix = ""
@@ -132,6 +135,9 @@ def get_config() -> ConfigDict:
     # Micro-batches per optimizer step and process (the timesteps of a sample are accumulated as well). 0 = derived from
     # total_batch_size; a number given here wins over it.
     config.train.gradient_accumulation_steps = 0
+    # Compute the UNet's blocks again in the backward pass instead of keeping all that it needs of them: a third more
+    # arithmetic in the update for a quarter of its memory, and the same gradients.
+    config.train.gradient_checkpointing = False
     # Keep Adam's moments in 8 bits: needs bitsandbytes and a GPU.
     config.train.use_8bit_adam = False
     # AdamW: step size, decay rates of the two moments, decoupled weight decay, and the term that keeps the division
@@ -179,6 +185,8 @@ def get_config() -> ConfigDict:
     config.recon.checkpoint = ""
     # Its arithmetic: "fp32", "bf16" or "fp16" (GPU only).
     config.recon.dtype = "fp32"
+    # Where it computes: "" = on the process's own device, or another one, such as "cuda:1" for a run of one process.
+    config.recon.device = ""
     # Side of the re-rendered views, pixels.
     config.recon.render_size = 512
     # Most rays rendered at once: bounds the memory, changes no result.

@@ -34,6 +34,8 @@ PATHS = (  # keys that name files or folders
     "mrc.lpips_checkpoint",
 )
 
+SPLATTING = ("lgm", "grm")  # reconstructors whose scenes are rendered by gsplat on GPUs
+
 # The values that a key may have. Painters, reconstructors and rewards are those of the registries in diffusers_patch/
 # loading.py, recon/__init__.py and mrc/rewards.py, which cost seconds to import; a test holds the names here to them.
 CHOICES = {
@@ -66,6 +68,7 @@ RANGES = {
     "sample.total_batch_size": "[0, inf)",
     "sample.batch_size": "[1, inf)",
     "sample.num_batches_per_epoch": "[0, inf)",
+    "sample.decode_batch_size": "[1, inf)",
     "sample.save_images": "[0, inf)",
     "train.total_batch_size": "[0, inf)",
     "train.batch_size": "[1, inf)",
@@ -279,14 +282,21 @@ def _check_precision(config: ConfigDict, device_type: str | None) -> None:
         ):
             if value == half:
                 raise ValueError(f"config.{key} is 'fp16', which needs a GPU and this run has none: set it to 'bf16'")
+    if device_type == "cuda" and config.recon.name in SPLATTING and config.reward_fn == "mrc":
+        _check_package("gsplat", f"config.recon.name = {config.recon.name!r} on a GPU", "pip install gsplat==1.5.3")
+    if config.recon.remove_background and config.reward_fn == "mrc":
+        _check_package("rembg", "config.recon.remove_background = True", "pip install rembg, or set it to False")
     if config.train.use_8bit_adam:
         if device_type == "cpu":
             raise ValueError("config.train.use_8bit_adam needs a GPU and this run has none: set it to False")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "config.train.use_8bit_adam needs the package bitsandbytes, which is not installed: "
-                "pip install bitsandbytes, or set it to False"
-            )
+        _check_package(
+            "bitsandbytes", "config.train.use_8bit_adam = True", "pip install bitsandbytes, or set it to False"
+        )
+
+
+def _check_package(package: str, what: str, remedy: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} needs the package {package}, which is not installed: {remedy}")
 
 
 def _check_required(config: ConfigDict) -> None:

@@ -119,7 +119,8 @@ def local_slice(num_samples: int, accelerator: Accelerator) -> slice:
 
 def gather_scores(samples: Samples, accelerator: Accelerator) -> dict[str, np.ndarray]:
     """`Samples.scores` over all processes, each with equally many samples, in the order of the epoch's prompts."""
-    return {name: accelerator.gather(value.float()).cpu().numpy() for name, value in samples.scores().items()}
+    scores = {name: value.float().to(accelerator.device) for name, value in samples.scores().items()}
+    return {name: accelerator.gather(value).cpu().numpy() for name, value in scores.items()}
 
 
 def gather_uneven_scores(samples: Samples | None, indices: Sequence[int]) -> dict[str, np.ndarray]:

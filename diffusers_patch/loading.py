@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import list_repo_files
+from huggingface_hub.errors import HfHubHTTPError
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
@@ -17,7 +19,7 @@ from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
 from diffusers_patch.mvdream import MVDream
 from diffusers_patch.mvdream_checkpoints import SCHEDULER, load_mvdream_pipeline
-from diffusers_patch.policy import LORA_FILE, MultiViewPolicy
+from diffusers_patch.policy import DTYPES, LORA_FILE, MultiViewPolicy
 from recon import reconstructor_cameras
 from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, mvdream_camera_vectors, mvdream_cameras
 
@@ -27,7 +29,7 @@ class Painter:
     """How one kind of painter is made.
 
     cameras: config.painter -> where its views stand, known before anything is loaded.
-    load_pipeline: (config.pretrained, scheduler) -> stock diffusers pipeline.
+    load_pipeline: (config.pretrained, scheduler, dtype, variant) -> stock diffusers pipeline.
     make_policy: (pipeline, cameras, config) -> MultiViewPolicy.
     camera_hint: what can be changed if the cameras do not fit the reconstructor's.
     """
@@ -38,14 +40,14 @@ class Painter:
     camera_hint: str = ""
 
 
-def _load_sdxl(pretrained, scheduler):
+def _load_sdxl(pretrained, scheduler, **options):
     return StableDiffusionXLPipeline.from_pretrained(
-        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False
+        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False, **options
     )
 
 
-def _load_mvdream(pretrained, scheduler):
-    return load_mvdream_pipeline(pretrained.model, pretrained.revision, pretrained.tokenizer, scheduler)
+def _load_mvdream(pretrained, scheduler, **options):
+    return load_mvdream_pipeline(pretrained.model, pretrained.revision, pretrained.tokenizer, scheduler, **options)
 
 
 def _make_mv_sdxl(pipeline, cameras, config):
@@ -98,7 +100,7 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
         scheduler = load_scheduler(config.pretrained)
         scheduler.set_timesteps(config.sample.num_steps)
         check_scheduler(scheduler)
-        pipeline = painter.load_pipeline(config.pretrained, scheduler)
+        pipeline = painter.load_pipeline(config.pretrained, scheduler, **loading_options(config))
     except OSError as error:
         raise FileNotFoundError(
             f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a diffusers pipeline "
@@ -108,7 +110,35 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
     if config.pretrained.lora:
         fuse_lora(pipeline, config.pretrained.lora)
     policy = painter.make_policy(pipeline, painter_cameras(config.painter), config)
+    policy.decode_batch_size = config.sample.decode_batch_size
     return policy.to(device, config.mixed_precision)
+
+
+def loading_options(config: ConfigDict) -> dict:
+    """How the files of a pipeline are read: {"dtype": {part: type}, "variant": name or None}.
+
+    The weights are read in the type that they will have, which saves memory; but in float32 if a LoRA is added to them
+    first, and the VAE always, because it may have to stay so (`force_upcast`).
+    """
+    dtype = torch.float32 if config.pretrained.lora else DTYPES[config.mixed_precision]
+    return {"dtype": {"default": dtype, "vae": torch.float32}, "variant": weights_variant(config.pretrained)}
+
+
+def weights_variant(pretrained: ConfigDict) -> str | None:
+    """ "fp16" if the UNet of config.pretrained.model exists in half precision only, else None."""
+    model = Path(pretrained.model)
+    plain, half = (f"diffusion_pytorch_model.{kind}safetensors" for kind in ("", "fp16."))
+    if model.is_dir():
+        names = {file.name for file in (model / "unet").glob("*")}
+    elif model.is_file():
+        return None
+    else:
+        try:
+            files = list_repo_files(pretrained.model, revision=pretrained.revision)
+        except (OSError, ValueError, HfHubHTTPError):  # said better when the pipeline is loaded, or there is a cache
+            return None
+        names = {file.removeprefix("unet/") for file in files if file.startswith("unet/")}
+    return "fp16" if half in names and plain not in names else None
 
 
 def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
@@ -137,9 +167,14 @@ def fuse_lora(pipeline, folder: str | Path) -> None:
 
 
 def make_trainable(policy: MultiViewPolicy, config: ConfigDict) -> None:
-    """Add what a run trains: LoRA matrices whose initial values follow from config.seed, or the whole UNet."""
+    """Add what a run trains: LoRA matrices whose initial values follow from config.seed, or the whole UNet.
+
+    With config.train.gradient_checkpointing the UNet's blocks are computed again in the backward pass instead of kept.
+    """
     torch.manual_seed(config.seed)  # the same on every process
     if config.use_lora:
         policy.add_lora(config.lora.rank, config.lora.targets)
     else:
         policy.train_all()
+    if config.train.gradient_checkpointing:
+        policy.unet.enable_gradient_checkpointing()

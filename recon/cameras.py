@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from recon.precision import without_tf32
+
 
 @dataclass(frozen=True)
 class Cameras:
@@ -164,6 +166,7 @@ def cameras_of_openlrm(vectors: torch.Tensor) -> Cameras:
     return Cameras(flip_axes(vectors[..., :16].unflatten(-1, (4, 4))), intrinsics[..., [0, 4, 2, 5]])
 
 
+@without_tf32()
 def openlrm_canonical_transform(source: Cameras, distance: float | None = None) -> torch.Tensor:
     """Rigid transforms (..., 1, 4, 4) from the common world to the one that OpenLRM reconstructs from a view of the
     camera `source` (..., 1), where that camera stands at (0, -distance, 0) and looks along +y with z up.
@@ -177,6 +180,7 @@ def openlrm_canonical_transform(source: Cameras, distance: float | None = None) 
     return canonical @ torch.linalg.inv(source.c2w)
 
 
+@without_tf32()
 def openlrm_canonical_cameras(cameras: Cameras, source: Cameras, distance: float | None = None) -> Cameras:
     """`cameras` (..., V) moved rigidly by the `openlrm_canonical_transform` of `source` (..., 1)."""
     c2w = openlrm_canonical_transform(source, distance) @ cameras.c2w
@@ -195,6 +199,7 @@ def grid_directions(cameras: Cameras, pixel: torch.Tensor) -> torch.Tensor:
     return direction @ cameras.c2w[..., :3, :3].transpose(-1, -2)
 
 
+@without_tf32()
 def rays(cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rays through the pixel centres of square images, row by row.
 
@@ -204,6 +209,7 @@ def rays(cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cameras.c2w[..., None, :3, 3].expand_as(direction), direction
 
 
+@without_tf32()
 def project(points: torch.Tensor, cameras: Cameras) -> tuple[torch.Tensor, torch.Tensor]:
     """Project world points (..., N, 3) into every camera: image coordinates (..., V, N, 2), in [0, 1] inside the image
     (x right, y down), and z-depths (..., V, N)."""

@@ -159,6 +159,21 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
         assert loss == pytest.approx(loss_alone, abs=1e-6)
 
 
+def test_gradient_checkpointing_changes_no_gradient():
+    config, policy = golden_config(CASES["C"]), lora_policy("C/lora_init")
+    index, steps = torch.arange(4), torch.stack([torch.randperm(5) for _ in range(4)])
+    arguments = policy, golden_trajectory(), TENSORS["rollout/advantages"], index, steps, config
+    kept, _, _ = gradient_of(*arguments)
+    calls = []
+    policy.unet.enable_gradient_checkpointing()
+    for module in policy.unet.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = lambda *a, f=function: calls.append(None) or f(*a)
+    again, _, _ = gradient_of(*arguments)
+    assert calls and torch.equal(again, kept)
+
+
 def test_noise_weights_do_not_depend_on_the_steps_drawn():
     config, policy = golden_config(CASES["A"]), lora_policy("A/lora_init")
     trajectory, advantages, index = golden_trajectory(), TENSORS["rollout/advantages"], torch.tensor([3])

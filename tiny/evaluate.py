@@ -147,9 +147,7 @@ def read_validation(folder: str | Path) -> tuple[torch.Tensor, torch.Tensor, lis
     views = [load_views(file).get("views", torch.empty(0)) for file in files]
     for file, view in zip(files, views, strict=True):
         if view.shape[:2] != (4, 3) or view.shape != views[0].shape:
-            raise ValueError(
-                f"{file} has views of shape {tuple(view.shape)}; (4, 3, S, S) of one size is expected."
-            )
+            raise ValueError(f"{file} has views of shape {tuple(view.shape)}; (4, 3, S, S) of one size is expected.")
     return torch.stack(views).float() / 255, rewards, prompts
 
 
