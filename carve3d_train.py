@@ -118,6 +118,8 @@ class Run:
             self.trackers["kl"],
             config.kl_in_reward,
             config.kl_normalized_coeff,
+            empty=None if config.mrc.empty_in_statistics else gathered["empty"].any(1),
+            worst=-config.train.adv_clip_max,
         ).advantages
         advantages = torch.as_tensor(advantages, dtype=torch.float32)
         if config.shuffle_advantages:

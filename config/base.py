@@ -205,6 +205,9 @@ def get_config() -> ConfigDict:
     config.mrc.min_foreground = 0.005
     # Reward of a sample with an empty view. Below 0, which is a perfect MRC: otherwise painting nothing wins.
     config.mrc.empty_view_reward = -1.0
+    # Let the rewards of samples with an empty view enter the statistics that advantages are relative to, as published.
+    # False: they get the worst advantage, -train.adv_clip_max, and leave the statistics of their prompts alone.
+    config.mrc.empty_in_statistics = False
     # LPIPS weights (AlexNet, v0.1). "" = the file that ships with mrc/.
     config.mrc.lpips_checkpoint = ""
 

@@ -98,6 +98,8 @@ class RunLog:
         learning = "(fills the trackers, no update)"
         if updates:
             learning = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
+            skipped = sum(statistics["step_skipped"] for statistics in updates)
+            learning += f"  ({skipped} of {len(updates)} steps skipped: overflow in float16)" if skipped else ""
         times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())
         self.say(
             f"epoch {epoch:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {line.get('kl_mean', 0.0):.2e}  "

@@ -31,7 +31,8 @@ def update(
     once per optimizer step, clipped, and applied.
 
     trajectory: what was sampled, in host memory, from where micro-batches are moved to the GPU. advantages: (N,) on the
-    CPU. generator: of the shuffling. after_step: called after each optimizer step, returns more statistics.
+    CPU. generator: of the shuffling. after_step: called after each optimizer step that was not skipped, returns more
+    statistics.
     """
     policy.scheduler.set_timesteps(trajectory.num_steps, device=policy.device)
     parameters = policy.trainable_parameters()
@@ -51,8 +52,10 @@ def update(
         grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        logs.append({**summarize(infos, accelerator), "grad_norm": float(grad_norm)})
-        if after_step is not None:
+        logs.append({**summarize(infos, accelerator), "grad_norm": float(grad_norm), "step_skipped": False})
+        if getattr(optimizer, "step_was_skipped", False):  # by the loss scaler: a gradient overflowed in float16
+            logs[-1]["step_skipped"] = True
+        elif after_step is not None:
             logs[-1].update(after_step())
     bar.close()
     return logs

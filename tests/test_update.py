@@ -1,10 +1,12 @@
 """The update: golden cases of the published step, through the code that trains, and what that code promises besides."""
 
 import json
+import math
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 import ddpo.calibration
@@ -268,6 +270,25 @@ def test_calibration_reaches_the_wanted_kl():
         assert log["next_learning_rate"] == following == pytest.approx(rate * factor)
     assert "kl_of_update" not in logs[3] and calibration.trajectory is None
     assert 0.3 < logs[2]["kl_of_update"] / 0.01 < 3
+
+
+def test_a_step_that_the_loss_scaler_skipped_is_named_and_calibrates_nothing():
+    """A gradient that overflows in the first step of two."""
+    config, policy, accelerator = golden_config(CASES["A"]), lora_policy("lora_sampling"), Accelerator(cpu=True)
+    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.timesteps_per_forward = 4, 1, 5
+    scaler, overflow = torch.amp.GradScaler("cpu", init_scale=2.0), iter([True, False])
+    optimizer = AcceleratedOptimizer(make_optimizer(policy, config), scaler=scaler)
+    accelerator.clip_grad_norm_ = lambda parameters, _: (
+        parameters[0].grad.fill_(math.inf if next(overflow) else 1).sum()
+    )
+    accelerator.backward = lambda loss: scaler.scale(loss).backward()
+    calls = []
+    advantages = TENSORS["rollout/advantages"]
+    generator = torch.Generator().manual_seed(0)
+    arguments = policy, optimizer, accelerator, golden_trajectory(), advantages, config, generator
+    logs = update(*arguments, lambda: calls.append(None) or {"kl_of_update": 1.0})
+    assert [log["step_skipped"] for log in logs] == [True, False] and len(calls) == 1
+    assert "kl_of_update" not in logs[0] and logs[1]["kl_of_update"] == 1.0
 
 
 @pytest.mark.parametrize(
