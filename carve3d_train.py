@@ -22,8 +22,8 @@ import torch
 from config import cli
 from config.batches import batch_table
 from config.validate import validate
-from ddpo import PerPromptStatTracker, compute_advantages
-from ddpo.calibration import StepCalibration
+from ddpo.advantages import compute_advantages
+from ddpo.calibration import StepCalibration, check_clip_range
 from ddpo.checkpoint import find_checkpoint, load_run, new_run_folder, save_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
@@ -39,6 +39,7 @@ from ddpo.sampling import (
     make_generator,
 )
 from ddpo.setup import make_optimizer, start_accelerator, start_tracker
+from ddpo.stat_tracking import make_trackers
 from ddpo.update import update
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from mrc.rewards import load_reward
@@ -66,6 +67,7 @@ class Run:
         suffix = config.sample.prompt_suffix
         self.policy.encode([prompt + suffix for prompt in (*self.prompts.train_set, *self.prompts.val_set)])
         make_trainable(self.policy, config)
+        check_clip_range(self.policy, self.prompts.train_set, config)
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.trackers = make_trackers(config)
@@ -186,16 +188,6 @@ class Run:
         self.log.final(self.epochs_done)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-
-def make_trackers(config):
-    """{"reward", "kl"}: the per-prompt statistics, None for those that are not wanted."""
-    tracking = config.per_prompt_stat_tracking
-    wanted = {"reward": tracking is not None, "kl": tracking is not None and config.kl_per_prompt_stat_tracking}
-    return {
-        name: PerPromptStatTracker(tracking.buffer_size, tracking.min_count) if want else None
-        for name, want in wanted.items()
-    }
 
 
 def main(args):

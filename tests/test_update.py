@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 import ddpo.calibration
 import ddpo.update
 from config import base
-from ddpo.calibration import StepCalibration, kl_between, trajectory_means
+from ddpo.calibration import StepCalibration, check_clip_range, kl_between, ratio_deviation, trajectory_means
 from ddpo.setup import make_optimizer
 from ddpo.update import micro_batch_losses, shuffled_micro_batches, update
 from diffusers_patch.ddim_with_logprob import ddim_std
@@ -312,3 +312,22 @@ def test_calibration_measures_the_same_samples_for_any_number_of_processes(
         trajectory = Trajectory(None, torch.zeros(per_process, 5), None, None, None, None, None)
         StepCalibration(policy, None, accelerator, config).start(trajectory)
     assert picked == expected
+
+
+def test_a_clip_range_below_rounding_is_refused(monkeypatch):
+    """With a network whose output depends on the size of its batch as that of a half-precision one may."""
+    config, policy = golden_config(CASES["A"]), lora_policy("lora_sampling")
+    config.mixed_precision, config.sample.batch_size, config.train.batch_size = "bf16", 4, 2
+    predict = policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x, *args: predict(x, *args) + 1e-3 * (len(x) == 4))
+    with pytest.raises(ValueError, match=r"clip_range is 0.0001, but .*'bf16' rounding alone moves \d+ % .*set it to"):
+        check_clip_range(policy, PROMPTS, config)
+    deviation = ratio_deviation(policy, PROMPTS, config)
+    assert deviation.shape == (8,) and deviation.max() > 1e-4
+    config.train.batch_size = 4  # the same batches: exactly 1
+    assert (ratio_deviation(policy, PROMPTS, config) == 0).all()
+    check_clip_range(policy, PROMPTS, config)
+    config.train.batch_size, config.train.clip_range = 2, 2 * float(deviation.max())
+    check_clip_range(policy, PROMPTS, config)
+    config.train.clip_range, config.mixed_precision = 1e-4, "no"
+    check_clip_range(policy, PROMPTS, config)
