@@ -16,7 +16,7 @@ from ddpo.setup import make_optimizer
 from ddpo.update import micro_batch_losses, shuffled_micro_batches, update
 from diffusers_patch.ddim_with_logprob import ddim_std
 from diffusers_patch.rollout import Trajectory, rollout
-from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy
+from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, move_by_an_ulp
 
 GOLDEN_STEP = json.loads((GOLDEN / "ppo_step.json").read_text())
 CASES = GOLDEN_STEP["cases"]
@@ -70,18 +70,6 @@ def lora_policy(prefix):
     policy.load_trainable_state(dict(zip(names, of_lora(prefix, names), strict=True)))
     policy.scheduler.set_timesteps(GOLDEN_STEP["num_inference_steps"])
     return policy
-
-
-def move_by_an_ulp(module, seed):
-    """Move every weight to the next float32 number, up or down.
-
-    Rounding does the like to a forward and a backward pass: what a layer computes is exact for weights about an ulp
-    away."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            up = torch.randint(2, parameter.shape, generator=generator).bool()
-            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
 
 
 def golden_run(case, monkeypatch, by_an_ulp=None):
@@ -212,8 +200,9 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
         config.train.timesteps_per_forward = together
         gradient, loss, infos = gradient_of(*arguments, config)
         assert len(infos) == -(-5 // together) and sum(float(info["fraction"]) for info in infos) == pytest.approx(1)
-        assert (gradient - alone).abs().max() <= 1e-4 * alone.abs().max()
-        assert loss == pytest.approx(loss_alone, abs=1e-6)
+        # batches of another size round otherwise: 2.5e-6 and 2.2e-7 were measured on five kinds of CPU code
+        assert (gradient - alone).abs().max() <= 2e-5 * alone.abs().max()
+        assert loss == pytest.approx(loss_alone, abs=2e-6)
 
 
 def test_noise_weights_do_not_depend_on_the_steps_drawn():
@@ -228,7 +217,8 @@ def test_noise_weights_do_not_depend_on_the_steps_drawn():
         config.train.timestep_weighting = "noise"
         weighted, _, _ = gradient_of(policy, trajectory, advantages, index, steps, config)
         weight = variance[step] / variance[:4].mean()
-        assert torch.allclose(weighted, weight * plain, rtol=1e-4, atol=1e-6 * plain.abs().max())
+        # two backward passes of different scale round otherwise: 1.7e-6 of the largest was measured
+        assert (weighted - weight * plain).abs().max() <= 2e-5 * (weight * plain).abs().max()
 
 
 def test_micro_batches_hold_every_sample_once_per_pass_and_no_skipped_step():
@@ -255,6 +245,7 @@ def test_on_policy_the_ratio_is_one(composition):
     for info in infos:
         if composition == "same":
             assert info["ratio_min"] == info["ratio_max"] == 1
+        # in another batch log_prob rounds otherwise, by about what an ulp of the weights changes: 2e-6
         assert abs(info["ratio_min"] - 1) <= 1e-5 and abs(info["ratio_max"] - 1) <= 1e-5
 
 
@@ -267,7 +258,8 @@ def test_kl_between_is_the_sum_over_steps_and_dimensions():
         return torch.distributions.Normal(m, std)
 
     expected = torch.distributions.kl_divergence(normal(mean), normal(other)).flatten(1).sum(1)
-    assert torch.allclose(kl_between((mean, std), (other, std)), expected)
+    # float64, 512 positive terms
+    assert torch.allclose(kl_between((mean, std), (other, std)), expected, rtol=1e-12, atol=0)
 
 
 def test_trajectory_means_leaves_out_skipped_steps_and_is_exact_in_half_precision():
@@ -320,7 +312,9 @@ def test_calibration_reaches_the_wanted_kl():
         (1, 6, [[*range(6)]]),
     ],
 )
-def test_calibration_measures_the_same_samples_for_any_number_of_processes(processes, per_process, expected, monkeypatch):
+def test_calibration_measures_the_same_samples_for_any_number_of_processes(
+    processes, per_process, expected, monkeypatch
+):
     picked = []
     monkeypatch.setattr(ddpo.calibration, "trajectory_means", lambda p, t, index, c: picked.append(index.tolist()))
     config, policy = golden_config(CASES["A"]), lora_policy("A/lora_init")
