@@ -2,6 +2,7 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,20 +18,15 @@ from ddpo.setup import make_optimizer
 from ddpo.update import micro_batch_losses, shuffled_micro_batches, update
 from diffusers_patch.ddim_with_logprob import ddim_std
 from diffusers_patch.rollout import Trajectory, rollout
-from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy
+from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, move_by_an_ulp
 
 GOLDEN_STEP = json.loads((GOLDEN / "ppo_step.json").read_text())
 CASES = GOLDEN_STEP["cases"]
 TENSORS = load_file(GOLDEN / "ppo_step.safetensors")
 PROMPTS = GOLDEN_CONFIG["prompts"]
-
-
-class Recorder(Accelerator):
-    """An accelerator that keeps the gradients it is asked to clip."""
-
-    def clip_grad_norm_(self, parameters, max_norm, norm_type=2):
-        self.grads = getattr(self, "grads", []) + [[p.grad.clone() for p in parameters]]
-        return super().clip_grad_norm_(parameters, max_norm, norm_type)
+# How many times the largest change by an ulp of the weights a float32 result may be off. On three instruction sets the
+# golden results were off by 3 of them at most; the changes are samples of something random, hence more.
+ROUNDINGS = 8
 
 
 def golden_config(case):
@@ -78,60 +74,109 @@ def lora_policy(prefix):
     return policy
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_golden_update(name, monkeypatch):
-    case = CASES[name]
-    config, policy, accelerator = golden_config(case), lora_policy(case["lora_init"]), Recorder(cpu=True)
-    names = list(policy.trainable_state())
+def golden_run(case, monkeypatch, by_an_ulp=None):
+    """The update of a golden case, and what it computed.
+
+    by_an_ulp: a seed, to run it with all weights an ulp away.
+    Returns terms: name -> (micro-batches, timesteps, ...); gradients, as the optimizer got them, and weights: one flat
+    tensor per optimizer step; logs; sizes: parameter -> number of weights."""
+    config, policy, accelerator = golden_config(case), lora_policy(case["lora_init"]), Accelerator(cpu=True)
+    if by_an_ulp is not None:
+        move_by_an_ulp(policy.unet, by_an_ulp)
     optimizer = accelerator.prepare(make_optimizer(policy, config))
-    steps = []  # (log_prob, loss, info) of every micro-batch and timestep
+    terms, gradients, weights = [], [], []
 
     def recording_loss(log_prob, *args, **kwargs):
         loss, info = loss_function(log_prob, *args, **kwargs)
-        steps.append((log_prob.detach(), loss.detach(), info))
+        terms.append({"log_prob": log_prob.detach(), "loss": loss.detach(), **info})
         return loss, info
 
     loss_function = ddpo.update.ppo_loss
-    monkeypatch.setattr(ddpo.update, "ppo_loss", recording_loss)
-    after = []
-    logs = update(
-        policy,
-        optimizer,
-        accelerator,
-        golden_trajectory(),
-        TENSORS["rollout/advantages"],
-        config,
-        torch.Generator().manual_seed(case["shuffle_seed"]),
-        lambda: after.append([value.clone() for value in policy.trainable_state().values()]) or {},
+    optimizer.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(flat(p.grad for p in policy.trainable_parameters()))
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(ddpo.update, "ppo_loss", recording_loss)
+        logs = update(
+            policy,
+            optimizer,
+            accelerator,
+            golden_trajectory(),
+            TENSORS["rollout/advantages"],
+            config,
+            torch.Generator().manual_seed(case["shuffle_seed"]),
+            lambda: weights.append(flat(policy.trainable_state().values())) or {},
+        )
+    grid = (-1, case["num_train_timesteps"])
+    return SimpleNamespace(
+        terms={key: torch.stack([term[key] for term in terms]).unflatten(0, grid) for key in terms[0]},
+        gradients=gradients,
+        weights=weights,
+        logs=logs,
+        sizes={name: value.numel() for name, value in policy.trainable_state().items()},
     )
 
-    grid = TENSORS[f"{name}/loss"].shape  # (micro-batches, timesteps)
 
-    def as_grid(values):
-        return torch.stack(values).unflatten(0, grid)
+def flat(tensors):
+    """All numbers of the tensors, one after the other."""
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
-    assert torch.allclose(as_grid([s[0] for s in steps]), TENSORS[f"{name}/log_prob"], atol=2e-5, rtol=0)
-    assert torch.allclose(as_grid([s[1] for s in steps]), TENSORS[f"{name}/loss"], atol=2e-5, rtol=0)
-    for key, atol in (("approx_kl", 1e-9), ("clipfrac", 0), ("kl", 4e-5)):
-        assert torch.allclose(as_grid([s[2][key] for s in steps]), TENSORS[f"{name}/{key}"], atol=atol, rtol=2e-2), key
 
-    assert len(logs) == len(after) == case["optimizer_steps"]
-    for k, (log, grads, weights) in enumerate(zip(logs, accelerator.grads, after, strict=True)):
-        assert log["grad_norm"] == pytest.approx(float(TENSORS[f"{name}/grad_norm"][k]), rel=1e-4)
-        expected = of_lora(f"{name}/grad/{k}", names)
-        largest = max(float(grad.abs().max()) for grad in expected)
-        for parameter, mine, theirs in zip(names, grads, expected, strict=True):
-            assert (mine - theirs).abs().max() <= 1e-4 * largest, parameter
-        for parameter, mine, theirs, grad in zip(
-            names, weights, of_lora(f"{name}/lora_after/{k}", names), expected, strict=True
-        ):
-            error, clear = (mine - theirs).abs(), grad.abs() > 1e-3 * largest
-            assert error.max() <= 0.1 * case["lr"], parameter
-            # Adam's first step divides by |gradient|: only a gradient that is not rounding noise gives sharp weights
-            assert k > 0 or not clear.any() or error[clear].max() <= 2e-6, parameter
-    rows = slice(0, grid[0] // case["optimizer_steps"])
-    assert logs[0]["loss"] == pytest.approx(float(TENSORS[f"{name}/loss"][rows].mean()), abs=2e-5)
-    assert logs[0]["ratio_min"] == pytest.approx(float(TENSORS[f"{name}/ratio"][rows].min()), abs=2e-5)
+@pytest.mark.parametrize("name", CASES)
+def test_golden_update(name, monkeypatch):
+    """A tolerance is what rounding does on the CPU at hand: ROUNDINGS times the change by an ulp of the weights."""
+    case = CASES[name]
+    run = golden_run(case, monkeypatch)
+    others = [golden_run(case, monkeypatch, by_an_ulp=seed) for seed in range(3)]
+    moved = {key: max(float((run.terms[key] - other.terms[key]).abs().max()) for other in others) for key in run.terms}
+    # if rounding reached a clip decision (ratio - 1 moves as log_prob does), the bounds below would hold nothing
+    assert moved["log_prob"] < case["min_distance_of_abs_ratio_minus_1_to_clip_range"]
+    for key in ("log_prob", "loss", "approx_kl", "kl", "clipfrac"):  # clipfrac does not move: it must be equal
+        assert (run.terms[key] - TENSORS[f"{name}/{key}"]).abs().max() <= ROUNDINGS * moved[key], key
+    rows = slice(0, len(TENSORS[f"{name}/loss"]) // case["optimizer_steps"])
+    for key, expected in (
+        ("loss", TENSORS[f"{name}/loss"][rows].mean()),
+        ("ratio_min", TENSORS[f"{name}/ratio"][rows].min()),
+    ):
+        assert run.logs[0][key] == pytest.approx(float(expected), abs=ROUNDINGS * moved[key]), key
+
+    assert len(run.logs) == len(run.gradients) == len(run.weights) == case["optimizer_steps"]
+    uncertainty = allowed = 0.0
+    for k, (log, gradient, weights) in enumerate(zip(run.logs, run.gradients, run.weights, strict=True)):
+        changes = torch.stack([other.gradients[k] - gradient for other in others])
+        norm = float(TENSORS[f"{name}/grad_norm"][k])
+        # a norm moves by no more than the norm of the change
+        rel = ROUNDINGS * float(changes.norm(dim=1).max() / gradient.norm())
+        assert log["grad_norm"] == pytest.approx(norm, rel=rel)
+        # a layer's gradient is as uncertain as the one of its weights that moves most
+        parts = changes.abs().split(list(run.sizes.values()), dim=1)
+        noise = ROUNDINGS * flat(part.max().expand(part.shape[1]) for part in parts)
+        clip = min(1.0, case["max_grad_norm"] / (norm + 1e-6))  # torch's formula
+        expected = clip * flat(of_lora(f"{name}/grad/{k}", run.sizes))
+        assert ((gradient - expected).abs() <= noise).all()
+
+        # Adam's step, lr * m / sqrt(v), is as large as lr however small the gradient. Where that is no more than noise
+        # even the step's sign is a matter of chance, and there is nothing to compare. Elsewhere noise moves a step by
+        # at most lr * noise / |gradient|, summed over the gradients so far, which m and v remember. Each step rounds
+        # the weight twice, after the decay and after the step proper.
+        uncertainty = uncertainty + noise / expected.abs()
+        allowed = allowed + case["lr"] * uncertainty + 2 * torch.finfo(torch.float32).eps * weights.abs()
+        clear = uncertainty < 0.5
+        assert clear.float().mean() > 0.99
+        error = (weights - flat(of_lora(f"{name}/lora_after/{k}", run.sizes))).abs()
+        assert (error <= allowed)[clear].all()
+
+
+def test_without_advantages_only_the_weight_decay_acts():
+    """The golden cases cannot hold it: there a step shrinks a weight by 3e-8 of itself, less than its rounding."""
+    config, policy, accelerator = golden_config(CASES["A"]), lora_policy("A/lora_init"), Accelerator(cpu=True)
+    config.train.learning_rate, config.train.adam_weight_decay = 0.01, 0.5
+    before = flat(policy.trainable_state().values())
+    optimizer = accelerator.prepare(make_optimizer(policy, config))
+    update(policy, optimizer, accelerator, golden_trajectory(), torch.zeros(8), config, torch.Generator())
+    after = flat(policy.trainable_state().values())
+    # 1 - lr * decay and the product with it are each rounded, by half an ulp
+    assert torch.allclose(after, before * (1 - 0.005), rtol=torch.finfo(torch.float32).eps, atol=0)
 
 
 def gradient_of(policy, trajectory, advantages, index, steps, config):
@@ -157,8 +202,9 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
         config.train.timesteps_per_forward = together
         gradient, loss, infos = gradient_of(*arguments, config)
         assert len(infos) == -(-5 // together) and sum(info["steps"] for info in infos) == 5
-        assert (gradient - alone).abs().max() <= 1e-4 * alone.abs().max()
-        assert loss == pytest.approx(loss_alone, abs=1e-6)
+        # batches of another size round otherwise: 2.5e-6 and 2.2e-7 were measured on five kinds of CPU code
+        assert (gradient - alone).abs().max() <= 2e-5 * alone.abs().max()
+        assert loss == pytest.approx(loss_alone, abs=2e-6)
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -188,7 +234,8 @@ def test_noise_weights_do_not_depend_on_the_steps_drawn():
         config.train.timestep_weighting = "noise"
         weighted, _, _ = gradient_of(policy, trajectory, advantages, index, steps, config)
         weight = variance[step] / variance[:4].mean()
-        assert torch.allclose(weighted, weight * plain, rtol=1e-4, atol=1e-6 * plain.abs().max())
+        # two backward passes of different scale round otherwise: 1.7e-6 of the largest was measured
+        assert (weighted - weight * plain).abs().max() <= 2e-5 * (weight * plain).abs().max()
 
 
 def test_micro_batches_hold_every_sample_once_per_pass_and_no_skipped_step():
@@ -216,6 +263,7 @@ def test_on_policy_the_ratio_is_one(composition):
     for info in infos:
         if composition == "same":
             assert info["ratio_min"] == info["ratio_max"] == 1
+        # in another batch log_prob rounds otherwise, by about what an ulp of the weights changes: 2e-6
         assert abs(info["ratio_min"] - 1) <= 1e-5 and abs(info["ratio_max"] - 1) <= 1e-5
 
 
@@ -228,7 +276,8 @@ def test_kl_between_is_the_sum_over_steps_and_dimensions():
         return torch.distributions.Normal(m, std)
 
     expected = torch.distributions.kl_divergence(normal(mean), normal(other)).flatten(1).sum(1)
-    assert torch.allclose(kl_between((mean, std), (other, std)), expected)
+    # float64, 512 positive terms
+    assert torch.allclose(kl_between((mean, std), (other, std)), expected, rtol=1e-12, atol=0)
 
 
 def test_trajectory_means_leaves_out_skipped_steps_and_is_exact_in_half_precision():

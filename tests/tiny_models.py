@@ -180,6 +180,18 @@ def flags(world, logdir, **changes):
     return [f"--config.{key}={value}" for key, value in settings(world, logdir, **changes).items()]
 
 
+def move_by_an_ulp(module, seed):
+    """Move every weight to the next float32 number, up or down.
+
+    Rounding does about the same to a forward and a backward pass: what a layer computes is exact for weights about an
+    ulp away."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            up = torch.randint(2, parameter.shape, generator=generator).bool()
+            parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
+
+
 class GoldenPainter(MVSDXL):
     """The golden runs tell the UNet of a 1024-pixel grid but use latents of 8x8."""
 
