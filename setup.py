@@ -28,6 +28,7 @@ setup(
         "prompts": ["*.txt", "tiny/*.txt"],
         "mrc": ["weights/*"],
         "tiny": ["weights/**"],
+        "tools.pretend_gpu": ["shim.cpp"],
     },
     install_requires=requirements(DIRECT),
     extras_require={

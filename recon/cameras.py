@@ -133,14 +133,19 @@ def mvdream_camera_vectors(cameras: Cameras) -> torch.Tensor:
     return torch.cat([torch.cat([c2w[..., :3, :3], position], -1), c2w[..., 3:, :]], -2).flatten(-2)
 
 
-LGM_AXES = [1, 2, 0]  # LGM's x, y (up), z among ours: its first camera looks from +z, ours at azimuth 0 from +x
-OUR_AXES = [2, 0, 1]
+def _to_lgm_axes(vectors):
+    """Ours (..., 3) -> LGM's, whose x, y (up), z are our y, z, x: its first camera looks from +z, ours from +x."""
+    return vectors.roll(-1, -1)
+
+
+def _from_lgm_axes(vectors):
+    return vectors.roll(1, -1)
 
 
 def lgm_pluecker(cameras: Cameras, size: int) -> torch.Tensor:
     """LGM's input of `cameras` (..., V): the Pluecker coordinates (o x d, d) of every pixel's ray in LGM's axes,
     (..., V, 6, size, size)."""
-    origin, direction = (x[..., LGM_AXES] for x in rays(cameras, size))
+    origin, direction = (_to_lgm_axes(x) for x in rays(cameras, size))
     moment = torch.linalg.cross(origin, direction, dim=-1)
     return torch.cat([moment, direction], -1).transpose(-1, -2).unflatten(-1, (size, size))
 
@@ -150,7 +155,7 @@ def from_lgm_axes(positions: torch.Tensor, quaternions: torch.Tensor) -> tuple[t
     w, x, y, z = quaternions.unbind(-1)
     # times (1 + i + j + k) / 2, the rotation that takes LGM's x, y, z to our y, z, x
     rotated = torch.stack([w - x - y - z, w + x + z - y, w + y + x - z, w + z + y - x], -1) / 2
-    return positions[..., OUR_AXES], rotated
+    return _from_lgm_axes(positions), rotated
 
 
 def openlrm_source_vectors(cameras: Cameras) -> torch.Tensor:
