@@ -67,12 +67,15 @@ def get_config() -> ConfigDict:
 
     config.pretrained = ConfigDict()
     # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model"; for "mvdream" also
-    # the original file sd-v2.1-base-4view.pt. Must be given.
+    # the original file sd-v2.1-base-4view.pt. tools/convert_instant3d.py makes a folder of Instant3D's. Must be given.
     config.pretrained.model = ""
     # Branch, tag or commit of a hub id; ignored for a folder.
     config.pretrained.revision = "main"
     # Folder with CLIP's tokenizer, needed only for that .pt file, which has none.
     config.pretrained.tokenizer = ""
+    # Another VAE for the same latents: a folder, or a hub id (its main branch) such as "madebyollin/sdxl-vae-fp16-fix",
+    # which unlike SDXL's own can be used in half precision. "" = the one that comes with the model.
+    config.pretrained.vae = ""
     # Folder of a LoRA that is fused into the painter before anything else, so that painter + LoRA is the base model
     # (and the KL reference) of this run. "" = none.
     config.pretrained.lora = ""
@@ -119,6 +122,11 @@ def get_config() -> ConfigDict:
     # Samples (of 4 views, or one grid of them) that the VAE decodes at a time. The VAE of SDXL takes 3 GB for each in
     # float32, so this bounds the memory; it changes no result.
     config.sample.decode_batch_size = 8
+    # Where the denoising starts: "noise", or, for "mv_sdxl" only, "gaussian_blob" = noise around four Gaussian blobs,
+    # one in the middle of each view, as Instant3D was published.
+    config.sample.initial_latents = "noise"
+    # Only "gaussian_blob": standard deviation of a blob, in sides of a view, (0, 1].
+    config.sample.blob_std = 0.1
     # Text appended to every prompt before the painter reads it, such as ", white background". Rewards and trackers
     # see the prompt without it.
     config.sample.prompt_suffix = ""

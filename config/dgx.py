@@ -6,6 +6,7 @@
     --config config/dgx.py:kl_coefficient(0.1)   weight of the KL,
     --config config/dgx.py:multi_round(2)        updates per epoch
 
+    --config config/dgx.py:instant3d_grm         the published run on the nearest open weights, Instant3D + GRM
     --config config/dgx.py:mvdream_lgm           the same with the open pair MVDream + LGM
 
 The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
@@ -25,7 +26,11 @@ TRAIN_PROMPTS = 30  # published: the 30 of 100 candidates with the lowest reward
 
 
 def carve3d_train() -> ConfigDict:
-    """The published run. Still to be given by the user: pretrained.model and recon.checkpoint."""
+    """The published run. Still to be given by the user: pretrained.model and recon.checkpoint.
+
+    The paper's weights were never released: Instant3D-10K, which paints, and a sparse-view LRM, which reconstructs. The
+    nearest open ones are instant3d.pth and grm_u.pth, both of justimyhxu/GRM, a 2x2 grid at the same cameras:
+    `instant3d_grm` is this run with what they need."""
     config = base.get_config()
     # written by `python -m tools.curate_prompts`: which prompts are hard depends on the painter
     config.prompts.train_file = "prompts/curated/kept.txt"
@@ -58,6 +63,18 @@ def multi_round(rounds: int) -> ConfigDict:
     return config
 
 
+def instant3d_grm() -> ConfigDict:
+    """The published run with the open Instant3D and GRM. Still to be given: pretrained.model and recon.checkpoint, the
+    folders that tools.convert_instant3d makes of instant3d.pth and tools.convert_grm of grm_u.pth."""
+    config = carve3d_train()
+    config.painter.name = "mv_sdxl"
+    config.pretrained.vae = "madebyollin/sdxl-vae-fp16-fix"  # as published: SDXL's own overflows in half precision
+    config.sample.initial_latents = "gaussian_blob"
+    config.recon.name = "grm"
+    config.recon.dtype = "bf16"  # as published
+    return config
+
+
 def mvdream_lgm() -> ConfigDict:
     """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub
     id) and recon.checkpoint."""
@@ -82,9 +99,8 @@ def get_config(name: str = "carve3d_train") -> ConfigDict:
 
     Raises ValueError when there is no such run or when it gets the wrong arguments.
     """
-    runs = {
-        run.__name__: run for run in (carve3d_train, data_size, batch_size, kl_coefficient, multi_round, mvdream_lgm)
-    }
+    with_sizes = (data_size, batch_size, kl_coefficient, multi_round)
+    runs = {run.__name__: run for run in (carve3d_train, *with_sizes, instant3d_grm, mvdream_lgm)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")

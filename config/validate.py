@@ -28,6 +28,7 @@ PATHS = (  # keys that name files or folders
     "prompts.val_file",
     "prompts.test_file",
     "pretrained.model",
+    "pretrained.vae",
     "pretrained.lora",
     "pretrained.tokenizer",
     "recon.checkpoint",
@@ -45,6 +46,7 @@ CHOICES = {
     "kl_estimator": ("log_ratio", "analytic"),
     "painter.name": ("mv_sdxl", "mvdream"),
     "lora.targets": ("attention", "attention+conv"),
+    "sample.initial_latents": ("noise", "gaussian_blob"),
     "train.timestep_weighting": ("uniform", "noise"),
     "recon.name": ("tiny_lrm", "lgm", "grm", "openlrm"),
     "recon.dtype": ("fp32", "bf16", "fp16"),
@@ -65,6 +67,7 @@ RANGES = {
     "sample.eta": "(0, 1]",
     "sample.guidance_scale": "[1, inf)",
     "sample.guidance_rescale": "[0, 1]",
+    "sample.blob_std": "(0, 1]",
     "sample.total_batch_size": "[0, inf)",
     "sample.batch_size": "[1, inf)",
     "sample.num_batches_per_epoch": "[0, inf)",
@@ -236,14 +239,24 @@ def _check_steps(config: ConfigDict) -> None:
 
 def _check_foreign_keys(config: ConfigDict) -> None:
     """A key that only one painter or reconstructor reads would be ignored without a word if set for another."""
-    default = base.get_config().painter
+    default = base.get_config()
     for key in ("elevation", "azimuth_start", "negative_prompt"):
-        if config.painter.name != "mvdream" and config.painter[key] != default[key]:
+        if config.painter.name != "mvdream" and config.painter[key] != default.painter[key]:
             raise ValueError(
                 f"config.painter.{key} is {config.painter[key]!r}, which only the painter 'mvdream' can "
                 f"follow: set config.painter.name to 'mvdream', or leave the key out"
             )
-    if config.recon.name != "openlrm" and config.recon.input_views != base.get_config().recon.input_views:
+    if config.painter.name != "mv_sdxl" and config.sample.initial_latents == "gaussian_blob":
+        raise ValueError(
+            "config.sample.initial_latents is 'gaussian_blob', which only the painter 'mv_sdxl' can follow: set it to "
+            "'noise', or config.painter.name to 'mv_sdxl'"
+        )
+    if config.sample.initial_latents != "gaussian_blob" and config.sample.blob_std != default.sample.blob_std:
+        raise ValueError(
+            f"config.sample.blob_std is {config.sample.blob_std!r}, but config.sample.initial_latents is "
+            f"{config.sample.initial_latents!r}, which has no blobs: set that to 'gaussian_blob', or leave the key out"
+        )
+    if config.recon.name != "openlrm" and config.recon.input_views != default.recon.input_views:
         raise ValueError(
             f"config.recon.input_views is {config.recon.input_views!r}, which only the reconstructor 'openlrm' can "
             f"follow: set config.recon.name to 'openlrm', or leave the key out"
@@ -318,6 +331,7 @@ def _check_required(config: ConfigDict) -> None:
 def _check_files(config: ConfigDict) -> None:
     checkpoints = {
         "pretrained.model": config.pretrained.model,
+        "pretrained.vae": config.pretrained.vae,
         "pretrained.lora": config.pretrained.lora,
         "resume_from": config.resume_from,
     }
@@ -325,7 +339,7 @@ def _check_files(config: ConfigDict) -> None:
         checkpoints["recon.checkpoint"] = config.recon.checkpoint
         checkpoints["mrc.lpips_checkpoint"] = config.mrc.lpips_checkpoint
     for key, path in checkpoints.items():
-        hub_id = key in ("pretrained.model", "recon.checkpoint") and _may_be_hub_id(path)
+        hub_id = key in ("pretrained.model", "pretrained.vae", "recon.checkpoint") and _may_be_hub_id(path)
         if path and not hub_id and not Path(path).expanduser().exists():
             raise FileNotFoundError(
                 f"config.{key} is {path!r}, which does not exist: set it to an existing file or folder"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import list_repo_files
 from huggingface_hub.errors import HfHubHTTPError
@@ -41,6 +41,11 @@ class Painter:
 
 
 def _load_sdxl(pretrained, scheduler, **options):
+    if Path(pretrained.model).is_file():
+        raise ValueError(
+            f"config.pretrained.model = {pretrained.model!r} is a file, and the painter 'mv_sdxl' is loaded from a "
+            f"folder: convert it with python -m tools.convert_instant3d {pretrained.model} OUT, and give OUT"
+        )
     return StableDiffusionXLPipeline.from_pretrained(
         pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False, **options
     )
@@ -51,7 +56,8 @@ def _load_mvdream(pretrained, scheduler, **options):
 
 
 def _make_mv_sdxl(pipeline, cameras, config):
-    return MVSDXL(pipeline, cameras, config.sample.guidance_rescale)
+    blob_std = config.sample.blob_std if config.sample.initial_latents == "gaussian_blob" else None
+    return MVSDXL(pipeline, cameras, config.sample.guidance_rescale, blob_std)
 
 
 def _make_mvdream(pipeline, cameras, config):
@@ -96,6 +102,7 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
     painter = PAINTERS[config.painter.name]
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # of reading files; downloads keep theirs
+    vae = load_vae(config.pretrained.vae) if config.pretrained.vae else None
     try:
         scheduler = load_scheduler(config.pretrained)
         scheduler.set_timesteps(config.sample.num_steps)
@@ -107,6 +114,8 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
             f"({error}): give a pipeline folder or a hub id"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    if vae is not None:
+        replace_vae(pipeline, vae, config.pretrained.vae)
     if config.pretrained.lora:
         fuse_lora(pipeline, config.pretrained.lora)
     policy = painter.make_policy(pipeline, painter_cameras(config.painter), config)
@@ -146,6 +155,37 @@ def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
     if Path(pretrained.model).is_file():
         return DDIMScheduler(**SCHEDULER)
     return DDIMScheduler.from_pretrained(pretrained.model, revision=pretrained.revision, subfolder="scheduler")
+
+
+def load_vae(source: str) -> AutoencoderKL:
+    """The VAE in a folder, or of a hub id. Raises FileNotFoundError, or ValueError if something else is there."""
+    where = {"pretrained_model_name_or_path": source, "local_files_only": Path(source).is_dir()}
+    try:
+        kind = AutoencoderKL.load_config(**where).get("_class_name", "no model of diffusers")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"config.pretrained.vae = {source!r} holds {kind}: give an AutoencoderKL")
+        return AutoencoderKL.from_pretrained(**where)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"config.pretrained.vae = {source!r} could not be loaded ({' '.join(str(error).split())}): give a folder "
+            f"with a VAE's config.json and weights, a hub id, or '' for the painter's own"
+        ) from error
+
+
+def replace_vae(pipeline, vae: AutoencoderKL, source: str) -> None:
+    """Let `pipeline` decode with another VAE of the same latents. Raises ValueError if they cannot be the same."""
+
+    def latents(vae):
+        # every block but the last halves the image
+        reduction = 2 ** (len(vae.config.block_out_channels) - 1)
+        return f"{vae.config.latent_channels} channels scaled by {vae.config.scaling_factor} at 1/{reduction} size"
+
+    if latents(vae) != latents(pipeline.vae):
+        raise ValueError(
+            f"config.pretrained.vae = {source!r} has latents of {latents(vae)}, but the painter's are of "
+            f"{latents(pipeline.vae)}: give a VAE that was made for this kind of painter, or '' for its own"
+        )
+    pipeline.register_modules(vae=vae)
 
 
 def fuse_lora(pipeline, folder: str | Path) -> None:

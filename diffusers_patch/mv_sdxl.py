@@ -2,20 +2,34 @@
 
 import torch
 
+from diffusers_patch.gaussian_blob import blob_latent, fused_start
 from diffusers_patch.policy import MultiViewPolicy
 
 
 class MVSDXL(MultiViewPolicy):
-    """A stock `StableDiffusionXLPipeline` as a multi-view policy. Latents (B, 4, h, w) are those of the whole grid."""
+    """A stock `StableDiffusionXLPipeline` as a multi-view policy. Latents (B, 4, h, w) are those of the whole grid.
 
-    def __init__(self, pipeline, cameras, guidance_rescale=0.0):
+    blob_std: start from noise around the blobs of `gaussian_blob(size, blob_std)`; None = from noise alone.
+    """
+
+    def __init__(self, pipeline, cameras, guidance_rescale=0.0, blob_std=None):
         super().__init__(pipeline, cameras, guidance_rescale)
+        self.blob_std, self._z_blob = blob_std, None
         size = float(self.image_size)  # original size, crop corner, target size, all of the whole grid
         self.time_ids = torch.tensor([size, size, 0, 0, size, size])
 
     def to(self, device, mixed_precision="no"):
+        self._z_blob = None  # encoded again, where and as the VAE is then
         self.time_ids = self.time_ids.to(device)  # once, not in every step
         return super().to(device, mixed_precision)
+
+    def initial_latents(self, batch, generator=None):
+        noise = super().initial_latents(batch, generator)
+        if self.blob_std is None:
+            return noise
+        if self._z_blob is None:
+            self._z_blob = blob_latent(self.pipeline.vae, self.image_size, self.blob_std)
+        return fused_start(self.scheduler, self._z_blob, noise)
 
     def _text_encoders(self):
         encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)

@@ -167,6 +167,8 @@ def main(args) -> None:
         "num_steps": config.sample.num_steps,
         "guidance_scale": config.sample.guidance_scale,
         "eta": config.sample.eta,
+        "initial_latents": config.sample.initial_latents,
+        "blob_std": config.sample.blob_std,
         "prompt_suffix": config.sample.prompt_suffix,
         "candidates": candidates,
         "samples": args.samples,
