@@ -18,6 +18,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from recon.weights import differences
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {
@@ -144,14 +146,14 @@ class MultiViewPolicy:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that a run wrote")
         state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
-        problems = set_peft_model_state_dict(self.unet, state)
-        missing = [name for name in problems.missing_keys if "lora_" in name]
-        if missing or problems.unexpected_keys:
+        shapes = {name: value.shape for name, value in get_peft_model_state_dict(self.unet).items()}
+        problems = differences(state, shapes)  # asked first: peft loads what fits and leaves the rest as it was
+        if problems:
             raise ValueError(
-                f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
-                f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
-                f"saved it"
+                f"{file} does not fit this model's LoRA: {problems}; config.lora.*, config.painter.name and "
+                f"config.pretrained.model must be those of the run that saved it"
             )
+        set_peft_model_state_dict(self.unet, state)
 
     # -- acting -----------------------------------------------------------------------------------------------------
 
