@@ -18,8 +18,6 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
-from recon.weights import differences
-
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {
@@ -146,12 +144,14 @@ class MultiViewPolicy:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that a run wrote")
         state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
-        shapes = {name: value.shape for name, value in get_peft_model_state_dict(self.unet).items()}
-        problems = differences(state, shapes)  # asked first: peft loads what fits and leaves the rest as it was
-        if problems:
+        wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(self.unet).items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        unfit = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if unfit:  # asked first, because peft would load the others and leave these as they were
             raise ValueError(
-                f"{file} does not fit this model's LoRA: {problems}; config.lora.*, config.painter.name and "
-                f"config.pretrained.model must be those of the run that saved it"
+                f"{file} does not fit this model's LoRA: {len(unfit)} weights differ, such as {unfit[0]} with "
+                f"{found.get(unfit[0], 'nothing')} instead of {wanted.get(unfit[0], 'nothing')}; config.lora.*, "
+                f"config.painter.name and config.pretrained.model must be those of the run that saved it"
             )
         set_peft_model_state_dict(self.unet, state)
 

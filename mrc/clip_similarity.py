@@ -1,5 +1,7 @@
 """Do the views show what the caption says? The CLIP similarity that text-to-image models are compared by."""
 
+from pathlib import Path
+
 import torch
 from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
@@ -16,12 +18,14 @@ class CLIPSimilarity:
 
     def __init__(self, path: str, device: torch.device | str = "cpu"):
         remedy = "give a folder or hub id such as 'openai/clip-vit-large-patch14'"
+        if not Path(path).is_dir() and path.count("/") != 1:
+            raise ValueError(f"{path!r} is neither a folder nor a hub id: {remedy}")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, found = CLIPModel.from_pretrained(path, output_loading_info=True)
         except Exception as error:  # of many kinds: not there, not downloaded, not a CLIP, damaged
             reason = str(error).partition("\n")[0].rstrip(".:")
-            raise ValueError(f"{path!r} could not be loaded as a CLIP ({reason}): {remedy}") from error
+            raise ValueError(f"{path!r} is not a CLIP that transformers can load ({reason}): {remedy}") from error
         if found["missing_keys"]:  # which transformers would fill with random numbers
             raise ValueError(f"{path!r} lacks {len(found['missing_keys'])} weights of a CLIP: {remedy}")
         self.model = model.requires_grad_(False).eval().to(device)

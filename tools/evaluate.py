@@ -153,11 +153,8 @@ def relevant_keys(config: ConfigDict) -> dict[str, object]:
 
 def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None, device: torch.device) -> Callable:
     """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S))."""
-    similarity = CLIPSimilarity(clip, device) if clip else None
-    try:
-        second = load_reward(judge, device) if judge else None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"--judge={judge.recon.name} cannot be loaded: {error}") from error
+    similarity = _load("--clip", CLIPSimilarity, clip, device) if clip else None
+    second = _load("--judge", load_reward, judge, device) if judge else None
     first = load_reward(config, device)
 
     def measure(views, captions):
@@ -171,6 +168,14 @@ def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None,
         return values, result.renders
 
     return measure
+
+
+def _load(flag, load, *args):
+    """`load(*args)`, whose errors then name the flag."""
+    try:
+        return load(*args)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} cannot be loaded: {error}") from error
 
 
 class Evaluation:
