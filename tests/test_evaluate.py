@@ -82,7 +82,7 @@ def world(tmp_path_factory):
 
 def arguments(world, out):
     """The command line of the evaluation that most tests are about: 3 models x 2 batches."""
-    own = ["--config", "config/base.py", f"--lora={world / 'run/final'}", f"--lora={world / 'zeros'}", "--pictures=2"]
+    own = ["--config", "config/base.py", f"--lora={world / 'zeros'}", f"--lora={world / 'run/final'}", "--pictures=2"]
     own += [f"--prompts={world / 'prompts.txt'}", f"--samples={SAMPLES}", f"--out={out}", f"--clip={world / 'clip'}"]
     return [*own, "--judge=tiny_lrm", f"--judge_checkpoint={world / 'judge'}", *flags(world, world / "logs")]
 
@@ -130,7 +130,7 @@ def test_every_number_is_that_of_its_prompt_noise_and_weights(world, models):
     for name, folder in (("mrc", "lrm"), ("judge", "judge")):
         judges[name] = load_mrc(configuration(world, recon__checkpoint=str(world / folder)), "cpu")
     clip = CLIPSimilarity(str(world / "clip"))
-    for model, lora in zip(models[:2], ("", str(world / "run/final")), strict=True):
+    for model, lora in zip(models[::2], ("", str(world / "run/final")), strict=True):
         config = configuration(world, pretrained__lora=lora)
         policy = load_painter(config, "cpu")
         for p, prompt in enumerate(PROMPTS):
@@ -141,13 +141,13 @@ def test_every_number_is_that_of_its_prompt_noise_and_weights(world, models):
                 expected |= {"clip": float(clip(views, [prompt]))}
                 found = {name: model["samples"][name][p][s] for name in expected}
                 assert found == pytest.approx(expected, abs=2e-5), (lora, p, s)
-    mrc, finetuned = (np.array(model["samples"]["mrc"]) for model in models[:2])
+    mrc, finetuned = (np.array(model["samples"]["mrc"]) for model in models[::2])
     assert np.abs(finetuned - mrc).min() > 1e-4  # so that none can be taken for another
     assert len(set(mrc.flatten().round(4))) == mrc.size
 
 
 def test_a_lora_of_zeros_is_the_base_painter(models):
-    base, finetuned, zeros = models
+    base, zeros, finetuned = models
     assert zeros["samples"] == base["samples"] and zeros["mrc"]["p"] == 1 and zeros["mrc"]["difference"] == 0
     assert finetuned["kl"]["mean"] > 0 == base["kl"]["mean"]
 
@@ -166,7 +166,7 @@ def test_standard_errors_are_over_prompts():
     assert paired_p_value(a[:, 0], a[:, 0]) == 1 and paired_p_value(a[:, 0] + 1, a[:, 0]) == 0
 
 
-def test_the_table(models):
+def test_the_table():
     values = {"mrc": 0.5, "kl": 0.0, "foreground": 0.25, "empty": 0.0, "judge": 0.5, "clip": 0.25}
     better = values | {"mrc": 0.25, "kl": 1e-4, "foreground": 0.3, "empty": 1.0}
     rows = {("base", 0): values, ("base", 1): values, ("a/final", 0): better, ("a/final", 1): better | {"mrc": 0.5}}
@@ -185,9 +185,9 @@ def test_what_is_left_and_printed(world, out, models):
     assert len(text.splitlines()) == 5 and text in out.with_name("log").read_text()
     picture = np.asarray(Image.open(out / "pictures.png"))
     assert picture.std() > 0 and picture.shape[0] > 6 * 96  # three models, painted and re-rendered
-    assert models[1]["run"] == {"prompts.num_train": 4, "train.total_batch_size": 8, "kl_normalized_coeff": 0.2}
-    assert models[2]["run"] is None
-    assert evaluate.run_of(world / "run/lora/epoch_0003") == models[1]["run"]
+    assert models[2]["run"] == {"prompts.num_train": 4, "train.total_batch_size": 8, "kl_normalized_coeff": 0.2}
+    assert models[1]["run"] is None
+    assert evaluate.run_of(world / "run/lora/epoch_0003") == models[2]["run"]
 
 
 def test_batches_are_of_about_one_size():
@@ -226,7 +226,7 @@ def test_a_finished_evaluation_paints_nothing_again(world, out, tmp_path):
 
 
 def test_results_of_other_settings_are_refused(world, out):
-    given = dict(lora=[str(world / "run/final"), str(world / "zeros")], clip=str(world / "clip"), judge="tiny_lrm")
+    given = dict(lora=[str(world / "zeros"), str(world / "run/final")], clip=str(world / "clip"), judge="tiny_lrm")
     given |= dict(judge_checkpoint=str(world / "judge"), prompts=str(world / "prompts.txt"), out=out)
     evaluate.Evaluation(args_of(world, **given))  # the same settings
     with pytest.raises(ValueError, match=r"other settings \(config.sample.num_steps\): give another --out"):
