@@ -24,7 +24,7 @@ from config.batches import batch_table
 from config.validate import validate
 from ddpo.advantages import compute_advantages
 from ddpo.calibration import StepCalibration, check_clip_range
-from ddpo.checkpoint import find_checkpoint, load_run, new_run_folder, save_run
+from ddpo.checkpoint import check_validation_prompts, find_checkpoint, load_run, new_run_folder, save_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
     NOISE,
@@ -58,6 +58,8 @@ class Run:
         validate(config, accelerator.num_processes, accelerator.device.type)
         check_cameras(config)
         self.prompts = PromptDataset.from_config(config.prompts)
+        if checkpoint:
+            check_validation_prompts(checkpoint, self.prompts.val_set)
         self.folder = checkpoint.parent if checkpoint else new_run_folder(config, accelerator)
         accelerator.print(f"run {self.folder}\n{batch_table(config, accelerator.num_processes)}", flush=True)
 

@@ -94,9 +94,9 @@ def get_config() -> ConfigDict:
     config.prompts.train_file = "prompts/train_candidates.txt"
     # Validation prompts: painted with fixed noise every val_freq epochs.
     config.prompts.val_file = "prompts/validation.txt"
-    # Test prompts, kept apart for the end: a run only checks that they are there; name the file as val_file to evaluate
-    # on them. The paper's are the 415 DreamFusion prompts, which are not shipped: put a copy at
-    # prompts/dreamfusion_415.txt (or .json) and name it here.
+    # Test prompts, kept apart for the end: a run only checks that they are there, and tools.evaluate paints them. The
+    # paper's are the 415 DreamFusion prompts, which are not shipped: put a copy at prompts/dreamfusion_415.txt (or
+    # .json) and name it here.
     config.prompts.test_file = "prompts/test.txt"
     # How many training prompts, from the top of train_file. 0 = all.
     config.prompts.num_train = 30

@@ -17,7 +17,7 @@ from prompts.dataset import PromptDataset
 
 # What random numbers are used for. Every use has a stream of its own, made from the run's seed, so that a resumed run
 # needs no saved state and a sample does not depend on how many processes paint.
-PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION, CLIP_RANGE = range(6)
+PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION, EVALUATION, CLIP_RANGE = range(7)
 
 
 def make_generator(seed: int, purpose: int, *indices: int) -> torch.Generator:

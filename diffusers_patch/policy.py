@@ -149,14 +149,16 @@ class MultiViewPolicy:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that a run wrote")
         state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
-        problems = set_peft_model_state_dict(self.unet, state)
-        missing = [name for name in problems.missing_keys if "lora_" in name]
-        if missing or problems.unexpected_keys:
+        wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(self.unet).items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        unfit = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if unfit:  # asked first, because peft would load the others and leave these as they were
             raise ValueError(
-                f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
-                f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
-                f"saved it"
+                f"{file} does not fit this model's LoRA: {len(unfit)} weights differ, such as {unfit[0]} with "
+                f"{found.get(unfit[0], 'nothing')} instead of {wanted.get(unfit[0], 'nothing')}; config.lora.*, "
+                f"config.painter.name and config.pretrained.model must be those of the run that saved it"
             )
+        set_peft_model_state_dict(self.unet, state)
 
     # -- acting -----------------------------------------------------------------------------------------------------
 

@@ -18,8 +18,11 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpo.checkpoint import checkpoints, find_checkpoint, load_checkpoint
+from carve3d_train import Run
+from config import base
+from ddpo.checkpoint import check_validation_prompts, checkpoints, find_checkpoint, load_checkpoint
 from ddpo.pictures import load_views
+from prompts.dataset import load_prompts
 from tests import children
 from tests.tiny_models import LATENT, flags, make_world, settings
 
@@ -429,6 +432,19 @@ def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
     assert done.returncode == 1 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_resume_with_other_validation_prompts(whole_run, world, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    config = base.get_config()
+    changes = dict(resume_from=str(tmp_path / "run"), prompts__val_file=str(world / "train.txt"))
+    config.update_from_flattened_dict(settings(world, tmp_path, **changes))
+    with pytest.raises(ValueError, match="val_file has other prompts .4. than those .*run was .* on .3.: .*tools.eval"):
+        Run(config)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    checkpoint = find_checkpoint(tmp_path / "run")
+    check_validation_prompts(checkpoint, load_prompts(world / "validation.txt"))  # the same in another file would do
 
 
 def test_a_finished_run_is_not_written_over(whole_run, world):
