@@ -109,7 +109,7 @@ def validate(
     """Check the whole configuration for a run on `num_processes` processes; returns it with derived numbers filled in.
 
     device_type: "cuda" or "cpu" where it is known (torch.device.type); None leaves out what depends on it.
-    check_files: False leaves out whether checkpoints exist.
+    check_files: False leaves out whether checkpoints and optional packages exist.
     The same `config` object is changed (see `resolve`) and returned.
     Raises ValueError (FileNotFoundError for files) with one sentence that names the key and what to change.
     """
@@ -126,6 +126,7 @@ def validate(
     _check_precision(config, device_type)
     _check_required(config)
     if check_files:
+        _check_packages(config, device_type)
         _check_files(config)
     return config
 
@@ -295,16 +296,19 @@ def _check_precision(config: ConfigDict, device_type: str | None) -> None:
         ):
             if value == half:
                 raise ValueError(f"config.{key} is 'fp16', which needs a GPU and this run has none: set it to 'bf16'")
+    if config.train.use_8bit_adam:
+        if device_type == "cpu":
+            raise ValueError("config.train.use_8bit_adam needs a GPU and this run has none: set it to False")
+
+
+def _check_packages(config: ConfigDict, device_type: str | None) -> None:
     if device_type == "cuda" and config.recon.name in SPLATTING and config.reward_fn == "mrc":
         _check_package("gsplat", f"config.recon.name = {config.recon.name!r} on a GPU", "pip install gsplat==1.5.3")
     if config.recon.remove_background and config.reward_fn == "mrc":
         _check_package("rembg", "config.recon.remove_background = True", "pip install rembg, or set it to False")
     if config.train.use_8bit_adam:
-        if device_type == "cpu":
-            raise ValueError("config.train.use_8bit_adam needs a GPU and this run has none: set it to False")
-        _check_package(
-            "bitsandbytes", "config.train.use_8bit_adam = True", "pip install bitsandbytes, or set it to False"
-        )
+        remedy = "pip install bitsandbytes, or set it to False"
+        _check_package("bitsandbytes", "config.train.use_8bit_adam = True", remedy)
 
 
 def _check_package(package: str, what: str, remedy: str) -> None:

@@ -11,7 +11,6 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import list_repo_files
-from huggingface_hub.errors import HfHubHTTPError
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
@@ -144,7 +143,7 @@ def weights_variant(pretrained: ConfigDict) -> str | None:
     else:
         try:
             files = list_repo_files(pretrained.model, revision=pretrained.revision)
-        except (OSError, ValueError, HfHubHTTPError):  # said better when the pipeline is loaded, or there is a cache
+        except Exception:  # no network, no such id: said when the pipeline is loaded, unless that finds it in the cache
             return None
         names = {file.removeprefix("unet/") for file in files if file.startswith("unet/")}
     return "fp16" if half in names and plain not in names else None

@@ -32,7 +32,6 @@ MENDS = {
     "sampling": (("mixed_precision", "bf16"), ("sample.batch_size", FEWER)),
     "decode": (("sample.decode_batch_size", FEWER), ("sample.batch_size", FEWER)),
     "reward": (("recon.dtype", "bf16"), ("sample.batch_size", FEWER)),
-    "joining": (("sample.total_batch_size", FEWER),),
     "calibration": (("train.kl_per_update", 0.0),),
     "update": (
         ("mixed_precision", "bf16"),
@@ -96,7 +95,7 @@ def memory_table(measured) -> str:
     weights = sum(measured.weights.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in measured.weights.items())
     rows = [("weights", weights, parts), *((stage, size, "") for stage, size in measured.peak.items())]
-    rows.append(("kept samples", measured.kept, "among them, from the painting of an epoch to its last update"))
+    rows.append(("host memory", measured.host, "the trajectories of an epoch, until its last update"))
     return "\n".join(f"  {name:<14}{size / GIB:8.2f}  {note}".rstrip() for name, size, note in rows)
 
 

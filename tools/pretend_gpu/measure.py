@@ -1,7 +1,7 @@
 """What a run asks of each GPU: memory and FLOPs of every stage, measured with the trainer's own functions.
 
-Each stage runs once at full size, on one batch. What grows with the length of a run, the stored samples, is measured
-with all denoising steps and a painter that paints nothing.
+Each stage runs once at full size, on one batch. What waits in host memory, an epoch's trajectories, is measured with
+all denoising steps and a painter that paints nothing.
 """
 
 import contextlib
@@ -29,7 +29,6 @@ from mrc.rewards import load_reward
 from recon.volume_rendering import render_images
 from tools.pretend_gpu.gpu import GPU, PretendGPU, pretend_gpu
 
-STORED_BATCHES = (2, 3)  # from whose memory that of more batches follows
 PROMPT = "a prompt"
 
 
@@ -38,17 +37,16 @@ class Measurement:
     """What one process needs: bytes of live tensors on its GPU; FLOPs, two for a multiplication and an addition.
 
     weights: {"painter", "reward", "optimizer"}: bytes that stay for the whole run.
-    kept: bytes that an epoch's samples occupy from their painting to the end of its updates.
-    peak: {stage: bytes}, the most at once during a stage, weights and kept samples included. The stages are "sampling",
-        "decode", "reward", "joining" (the batches of an epoch become one), "update" and, if the learning rate is to be
-        calibrated, "calibration".
+    host: bytes of host memory in which an epoch's trajectories wait for the update.
+    peak: {stage: bytes}, the most at once during a stage, weights included. The stages are "sampling", "decode",
+        "reward", "update" and, if the learning rate is to be calibrated, "calibration".
     flops: {stage: FLOPs per sample}, with all its denoising steps; the stages are "policy", "reference" (if it is
         scored), "decode", "reward" and "update" (once for every pass over the samples).
     gradient_bytes: what an update averages over the processes.
     """
 
     weights: dict[str, int]
-    kept: int
+    host: int
     peak: dict[str, int]
     flops: dict[str, float]
     gradient_bytes: int
@@ -126,25 +124,27 @@ class _Bench:
         calibrates = config.train.kl_per_update > 0
         if calibrates:
             self._calibrate("calibration", short, samples.trajectory)
-        with self._painting_nothing(samples.trajectory.views, result) as reward_fn:
+        with self._painting_nothing(self.views_shape, result) as reward_fn:
             del samples
-            kept_but_one, kept, joining = self._store(reward_fn)
-            if calibrates:
+            with self.stage("a batch of all steps"):
                 trajectory = self._collect(config, 1, reward_fn).trajectory
+            if calibrates:
                 self._calibrate("calibration of all steps", config, trajectory)
+        per_sample = _bytes(trajectory) // config.sample.batch_size
 
         weights, working = sum(self.weights.values()), self.working
-        sampling = max(working["policy"], working["reference"])
+        # the network at work on one step, and what is kept of all of them until the batch goes to host memory
+        sampling = max(working["policy"], working["reference"]) + working["a batch of all steps"]
         peak = {
-            "sampling": weights + kept_but_one + sampling,
-            "decode": weights + kept_but_one + working["decode"],
-            "reward": weights + kept_but_one + working["reward"],
-            "joining": weights + joining,
-            "update": weights + kept + working["update"],
+            "sampling": weights + sampling,
+            "decode": weights + working["decode"] + working["a batch of all steps"],
+            "reward": weights + working["reward"] + working["a batch of all steps"],
+            "update": weights
+            + working["update"]
+            + _bytes(trajectory) // config.sample.batch_size * config.train.batch_size,
         }
-        if calibrates:  # the network at work on one step, and what is remembered of all of them
-            needs = working["calibration"] + working["calibration of all steps"]
-            peak["calibration"] = weights + kept + needs
+        if calibrates:
+            peak["calibration"] = weights + working["calibration"] + working["calibration of all steps"]
         B, b, T = config.sample.batch_size, config.train.batch_size, config.sample.num_steps
         flops = {
             "policy": self.flops["policy"] / (B * K) * T,
@@ -154,7 +154,8 @@ class _Bench:
             "update": self.flops["update"] / (b * K) * trained_steps(config) * config.train.num_inner_epochs,
         }
         gradients = sum(4 * parameter.numel() for parameter in self.policy.trainable_parameters())  # float32
-        return Measurement(self.weights, kept, peak, {k: v for k, v in flops.items() if v}, gradients)
+        host = per_sample * samples_per_process(config)
+        return Measurement(self.weights, host, peak, {k: v for k, v in flops.items() if v}, gradients)
 
     # -- the stages ---------------------------------------------------------------------------------------------------
 
@@ -168,8 +169,9 @@ class _Bench:
         """The samples, and what the reward function returned."""
         results = []
 
-        def reward_fn(*args):
-            results.append(self.during("reward", self.reward_fn)(*args))
+        def reward_fn(views, prompts):
+            self.views_shape = views.shape[1:]
+            results.append(self.during("reward", self.reward_fn)(views, prompts))
             return results[-1]
 
         with self._replaced("predict", self.during("policy", self.policy.predict)):
@@ -179,7 +181,7 @@ class _Bench:
 
     def _update(self, config, trajectory):
         b = config.train.batch_size
-        trajectory, advantages = _resized(trajectory, b), torch.zeros(b, device=GPU)
+        trajectory, advantages = _resized(trajectory, b), torch.zeros(b)
         generator = make_generator(config.seed, SHUFFLE_SAMPLES)
         with self.stage("update"):
             update(self.policy, self.optimizer, self.accelerator, trajectory, advantages, config, generator)
@@ -191,30 +193,6 @@ class _Bench:
             calibration.start(trajectory)
             calibration.after_update()
 
-    def _store(self, reward_fn):
-        """Bytes: what an epoch's batches but one occupy, what all of them do, and the most until they are joined."""
-
-        def stored(batches):
-            gc.collect()
-            memory = self.gpu.memory
-            before = memory.now
-            memory.reset()
-            samples = self._collect(self.config, batches, reward_fn)
-            gc.collect()
-            kept, peak = memory.now - before, memory.peak - before
-            del samples
-            return kept, peak
-
-        batches = samples_per_process(self.config) // self.config.sample.batch_size
-        few, more = (min(batches, count) for count in STORED_BATCHES)
-        kept, peak = stored(few)
-        if more == few:
-            return kept * (batches - 1) // batches, kept, peak
-        kept_more, peak_more = stored(more)
-        per_batch, peak_per_batch = kept_more - kept, peak_more - peak
-        kept += (batches - few) * per_batch
-        return kept - per_batch, kept, peak + (batches - few) * peak_per_batch
-
     # -- stand-ins ----------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -225,9 +203,9 @@ class _Bench:
         delattr(self.policy, name)
 
     @contextlib.contextmanager
-    def _painting_nothing(self, views, result):
-        """Inside, the painter predicts and decodes zeros. Gives a reward function that returns copies of `result`."""
-        shape = views.shape[1:]
+    def _painting_nothing(self, shape, result):
+        """Inside, the painter predicts zeros and decodes views of `shape`. Gives a reward function that returns copies
+        of `result`."""
 
         def reward_fn(views, prompts):
             tensors = {f.name: getattr(result, f.name) for f in fields(result)}
@@ -246,14 +224,13 @@ class _Bench:
 
 def _resized(trajectory: Trajectory, count: int) -> Trajectory:
     """The first `count` samples, repeated if there are fewer."""
-    trajectory = Trajectory.cat([trajectory] * -(-count // len(trajectory)))
+    return trajectory.take(torch.arange(count) % len(trajectory))
 
-    def cut(value):
-        if isinstance(value, dict):
-            return {name: entry[:count].clone() for name, entry in value.items()}
-        return value if value is None else value[:count].clone()
 
-    return Trajectory(**{f.name: cut(getattr(trajectory, f.name)) for f in fields(Trajectory)})
+def _bytes(trajectory: Trajectory) -> int:
+    values = [getattr(trajectory, f.name) for f in fields(Trajectory)]
+    tensors = [t for v in values for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, torch.Tensor)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @contextlib.contextmanager

@@ -86,6 +86,7 @@ def install() -> None:
     """From now on `load_painter`, `load_reconstructor` and `LPIPS` make models without reading weights."""
     loading.load_scheduler = _scheduler
     loading.load_vae = _vae
+    loading.weights_variant = lambda pretrained: None
     loading.fuse_lora = lambda pipeline, folder: None
     for name, load_pipeline in PIPELINES.items():
         loading.PAINTERS[name] = replace(loading.PAINTERS[name], load_pipeline=load_pipeline)
@@ -115,7 +116,7 @@ class Tokens:
         return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
 
 
-def _sdxl_pipeline(pretrained, scheduler):
+def _sdxl_pipeline(pretrained, scheduler, **_):
     first = CLIPTextConfig(**_read(pretrained, "text_encoder", CLIP_L))
     second = CLIPTextConfig(**_read(pretrained, "text_encoder_2", CLIP_BIG_G))
     return StableDiffusionXLPipeline(
@@ -130,7 +131,7 @@ def _sdxl_pipeline(pretrained, scheduler):
     )
 
 
-def _mvdream_pipeline(pretrained, scheduler):
+def _mvdream_pipeline(pretrained, scheduler, **_):
     unet = _read(pretrained, "unet", mvdream.UNET_CONFIG)
     if "context_dim" in unet:  # the layout of ashawkey/mvdream-sd2.1-diffusers
         unet = mvdream.UNET_CONFIG | mvdream_checkpoints.stock_unet_config(unet)
