@@ -81,6 +81,7 @@ class MultiViewPolicy:
         torch.nn.Module.to(vae, device, torch.float32 if vae.config.force_upcast else dtype)
         for encoder in self._text_encoders():
             torch.nn.Module.to(encoder, "cpu", dtype)
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # else copied in the first step
         if torch.device(device).type == "cpu":
             # the backward pass of fused attention is slower on CPUs than plain matrix products
             self._set_attention(self.unet, AttnProcessor())

@@ -59,7 +59,7 @@ def _values_as_list(watch):
             watch.note(SCALAR)
         if self.ndim == 2 and self.shape[1] == len(ANY_BOX) and self.dtype == torch.long:
             return [ANY_BOX] * len(self)
-        return np.ones(tuple(self.shape)).tolist()
+        return np.ones(tuple(self.shape), float if self.is_floating_point() else int).tolist()
 
     return tolist
 
