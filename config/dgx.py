@@ -8,6 +8,7 @@
 
     --config config/dgx.py:instant3d_grm         the published run on the nearest open weights, Instant3D + GRM
     --config config/dgx.py:mvdream_lgm           the same with the open pair MVDream + LGM
+    --config config/dgx.py:instant3d_grm(24)     either on GPUs of 24 GB instead of 80
 
 The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
 768 is fixed here; batches per process and gradient accumulation follow from the real number of processes, so on fewer
@@ -63,7 +64,7 @@ def multi_round(rounds: int) -> ConfigDict:
     return config
 
 
-def instant3d_grm() -> ConfigDict:
+def instant3d_grm(gigabytes: float = 80) -> ConfigDict:
     """The published run with the open Instant3D and GRM. Still to be given: pretrained.model and recon.checkpoint, the
     folders that tools.convert_instant3d makes of instant3d.pth and tools.convert_grm of grm_u.pth."""
     config = carve3d_train()
@@ -72,10 +73,10 @@ def instant3d_grm() -> ConfigDict:
     config.sample.initial_latents = "gaussian_blob"
     config.recon.name = "grm"
     config.recon.dtype = "bf16"  # as published
-    return config
+    return _fit(config, gigabytes)
 
 
-def mvdream_lgm() -> ConfigDict:
+def mvdream_lgm(gigabytes: float = 80) -> ConfigDict:
     """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub
     id) and recon.checkpoint."""
     config = carve3d_train()
@@ -91,7 +92,7 @@ def mvdream_lgm() -> ConfigDict:
     config.recon.dtype = "fp16"
     config.recon.remove_background = True  # MVDream paints on gray
     config.recon.render_size = 256
-    return config
+    return _fit(config, gigabytes)
 
 
 def get_config(name: str = "carve3d_train") -> ConfigDict:
@@ -124,6 +125,16 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
     config.prompts.num_train = prompts
     config.per_prompt_stat_tracking.min_count = per_prompt
     config.per_prompt_stat_tracking.buffer_size = 3 * per_prompt  # about three epochs
+    return config
+
+
+def _fit(config: ConfigDict, gigabytes: float) -> ConfigDict:
+    """Smaller batches for GPUs of less than 80 GB; `python -m tools.plan` shows what each stage then needs."""
+    if gigabytes < 24:
+        raise ValueError(f"{gigabytes} GB are too few for this run: use GPUs of 24 GB or more")
+    if gigabytes < 80:
+        config.train.gradient_checkpointing = True
+        config.sample.batch_size, config.sample.decode_batch_size = 4, 1
     return config
 
 

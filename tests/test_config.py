@@ -81,6 +81,16 @@ def test_flags_reach_a_sweep():
     assert (config.per_prompt_stat_tracking.min_count, config.per_prompt_stat_tracking.buffer_size) == (76, 228)
 
 
+@pytest.mark.parametrize("run", ["instant3d_grm", "mvdream_lgm"])
+def test_runs_for_smaller_gpus(run):
+    large, small = dgx.get_config(run), dgx.get_config(f"{run}(24)")
+    assert not large.train.gradient_checkpointing and small.train.gradient_checkpointing
+    assert small.sample.batch_size < large.sample.batch_size and small.sample.decode_batch_size == 1
+    validate(complete(small), 1, "cuda", check_files=False)
+    with pytest.raises(ValueError, match="12 GB are too few"):
+        dgx.get_config(f"{run}(12)")
+
+
 @pytest.mark.parametrize("name", ["carve3d", "", "data_size(10", "get_config", "__import__('os')"])
 def test_unknown_run_is_named(name):
     with pytest.raises(ValueError, match="has no run .*carve3d_train, data_size"):
