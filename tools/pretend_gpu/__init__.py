@@ -16,9 +16,6 @@ Not modelled: the CUDA context, the workspaces of cuDNN and cuBLAS, NCCL's buffe
 kernels. Values: a question that only data could answer is answered as in a run that goes well.
 """
 
-import os
-
 from tools.pretend_gpu import shim
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import names every optional package that is missing
 shim.load()
