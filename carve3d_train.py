@@ -22,9 +22,9 @@ import torch
 from config import cli
 from config.batches import batch_table
 from config.validate import validate
-from ddpo import PerPromptStatTracker, compute_advantages
-from ddpo.calibration import StepCalibration
-from ddpo.checkpoint import find_checkpoint, load_run, new_run_folder, save_run
+from ddpo.advantages import compute_advantages
+from ddpo.calibration import StepCalibration, check_clip_range
+from ddpo.checkpoint import check_validation_prompts, find_checkpoint, load_run, new_run_folder, save_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
     NOISE,
@@ -34,11 +34,12 @@ from ddpo.sampling import (
     collect_samples,
     epoch_prompts,
     gather_scores,
-    gather_validation,
+    gather_uneven_scores,
     local_slice,
     make_generator,
 )
 from ddpo.setup import make_optimizer, start_accelerator, start_tracker
+from ddpo.stat_tracking import make_trackers
 from ddpo.update import update
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from mrc.rewards import load_reward
@@ -57,13 +58,18 @@ class Run:
         validate(config, accelerator.num_processes, accelerator.device.type)
         check_cameras(config)
         self.prompts = PromptDataset.from_config(config.prompts)
+        if checkpoint:
+            check_validation_prompts(checkpoint, self.prompts.val_set)
         self.folder = checkpoint.parent if checkpoint else new_run_folder(config, accelerator)
         accelerator.print(f"run {self.folder}\n{batch_table(config, accelerator.num_processes)}", flush=True)
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.reward_fn = load_reward(config, accelerator.device)
         self.policy = load_painter(config, accelerator.device)
+        suffix = config.sample.prompt_suffix
+        self.policy.encode([prompt + suffix for prompt in (*self.prompts.train_set, *self.prompts.val_set)])
         make_trainable(self.policy, config)
+        check_clip_range(self.policy, self.prompts.train_set, config)
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.trackers = make_trackers(config)
@@ -104,7 +110,8 @@ class Run:
         prompts = epoch_prompts(self.prompts, config, epoch, accelerator.num_processes)
         local = local_slice(len(prompts), accelerator)
         generators = [make_generator(config.seed, NOISE, epoch, i) for i in range(local.start, local.stop)]
-        samples = self.collect_samples(prompts[local], generators)
+        shown = config.sample.save_images if accelerator.is_main_process and epoch % config.save_freq == 0 else 0
+        samples = self.collect_samples(prompts[local], generators, shown)
 
         gathered = gather_scores(samples, accelerator)
         advantages = compute_advantages(
@@ -115,6 +122,8 @@ class Run:
             self.trackers["kl"],
             config.kl_in_reward,
             config.kl_normalized_coeff,
+            empty=None if config.mrc.empty_in_statistics else gathered["empty"].any(1),
+            worst=-config.train.adv_clip_max,
         ).advantages
         advantages = torch.as_tensor(advantages, dtype=torch.float32)
         if config.shuffle_advantages:
@@ -125,7 +134,7 @@ class Run:
         start = time.perf_counter()
         updates = []
         if epoch > 0:  # the first epoch only fills the trackers
-            updates = self.update(epoch, samples.trajectory, advantages[local].to(accelerator.device))
+            updates = self.update(epoch, samples.trajectory, advantages[local])
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.log.epoch(epoch, samples, prompts[local], gathered, updates, learning_rate, seconds)
@@ -155,13 +164,13 @@ class Run:
         samples = None
         if local:
             generators = [make_generator(0, VALIDATION, i) for i in local]
-            samples = self.collect_samples([prompts[i] for i in local], generators)
-        self.log.validation(self.epochs_done, gather_validation(samples, local), prompts)
+            samples = self.collect_samples([prompts[i] for i in local], generators, keep_images=len(local))
+            self.log.validation_images(self.epochs_done, local, samples.images)
+        self.log.validation(self.epochs_done, gather_uneven_scores(samples, local), prompts)
 
-    def collect_samples(self, prompts, generators):
-        return collect_samples(
-            self.policy, self.reward_fn, prompts, generators, self.config, self.score_reference, self.show_progress
-        )
+    def collect_samples(self, prompts, generators, keep_images):
+        models, switches = (self.policy, self.reward_fn), (self.score_reference, keep_images, self.show_progress)
+        return collect_samples(*models, prompts, generators, self.config, *switches)
 
     def save(self):
         """The LoRA for stock diffusers, the curves, and last, because it says that all is there, a checkpoint."""
@@ -181,16 +190,6 @@ class Run:
         self.log.final(self.epochs_done)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
-
-
-def make_trackers(config):
-    """{"reward", "kl"}: the per-prompt statistics, None for those that are not wanted."""
-    tracking = config.per_prompt_stat_tracking
-    wanted = {"reward": tracking is not None, "kl": tracking is not None and config.kl_per_prompt_stat_tracking}
-    return {
-        name: PerPromptStatTracker(tracking.buffer_size, tracking.min_count) if want else None
-        for name, want in wanted.items()
-    }
 
 
 def main(args):

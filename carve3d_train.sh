@@ -54,22 +54,15 @@ start() {
     exec "$@"
 }
 
-run_on_this_machine() {  # run_on_this_machine PROCESSES [trainer flags]
-    local processes="$1" cores
-    check "$@"
+# torchrun, because `accelerate launch` would let a default configuration of the user's change the run, and starts a
+# single process on CPUs
+torchrun() {  # torchrun PROCESSES_ON_THIS_MACHINE [flags of torchrun] carve3d_train.py [trainer flags]
+    local processes="$1" cores threads
     shift
-    if [ "$gpus" -gt 0 ]; then
-        local multi=()
-        [ "$processes" -gt 1 ] && multi=(--multi_gpu)
-        # the mixed precision of the networks is the configuration's, not the launcher's
-        start "$VENV_PYTHON" -m accelerate.commands.launch ${multi[@]+"${multi[@]}"} --num_machines 1 \
-            --num_processes "$processes" --mixed_precision no --dynamo_backend no carve3d_train.py "$@"
-    fi
     cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
-    local threads=$((cores / processes))
+    threads=$((cores / processes))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-    # `accelerate launch --cpu` would start a single process
-    start "$VENV_PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$processes" carve3d_train.py "$@"
+    start "$VENV_PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "$@"
 }
 
 nodes=""
@@ -84,13 +77,20 @@ case "${1:-}" in
         ;;
 esac
 
-configuration=(--config "$default_config")
+configuration="" before=""
 for flag in "$@"; do
-    case "$flag" in
-        --config | --config=* | -config | -config=*) configuration=() ;;
+    case "$before" in
+        --config | -config) configuration="$flag" ;;
     esac
+    case "$flag" in
+        --config=* | -config=*) configuration="${flag#*=}" ;;
+    esac
+    before="$flag"
 done
-set -- ${configuration[@]+"${configuration[@]}"} "$@"
+if [ -z "$configuration" ]; then
+    configuration="$default_config"
+    set -- --config "$configuration" "$@"
+fi
 
 if [ "${nodes:-1}" -gt 1 ]; then
     for name in MASTER_ADDR MASTER_PORT RANK; do
@@ -112,10 +112,8 @@ if [ "${nodes:-1}" -gt 1 ]; then
     check $((nodes * per_node)) "$@"
     rank="$RANK" address="$MASTER_ADDR" port="$MASTER_PORT"
     unset RANK MASTER_ADDR MASTER_PORT
-    start "$VENV_PYTHON" -m accelerate.commands.launch --multi_gpu --num_machines "$nodes" \
-        --num_processes $((nodes * per_node)) --machine_rank "$rank" --main_process_ip "$address" \
-        --main_process_port "$port" --same_network --rdzv_backend static --rdzv_conf timeout=3600 \
-        --mixed_precision no --dynamo_backend no carve3d_train.py "$@"
+    torchrun "$per_node" --nnodes "$nodes" --node_rank "$rank" --master_addr "$address" --master_port "$port" \
+        --rdzv_conf timeout=3600 carve3d_train.py "$@"
 fi
 
 if [ -n "${CARVE3D_PROCESSES:-}" ]; then
@@ -123,9 +121,11 @@ if [ -n "${CARVE3D_PROCESSES:-}" ]; then
 elif [ "$gpus" -eq 0 ]; then
     processes="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
     processes=$((processes < 2 ? processes : 2))
-elif [ "$default_config" = config/tiny.py ]; then
-    processes="$(power_of_two_up_to "$gpus")"  # the small world's 64 samples must be shared evenly
 else
-    processes="$gpus"
+    case "$configuration" in
+        *config/tiny.py*) processes="$(power_of_two_up_to "$gpus")" ;;  # its 64 samples must be shared evenly
+        *) processes="$gpus" ;;
+    esac
 fi
-run_on_this_machine "$processes" "$@"
+check "$processes" "$@"
+torchrun "$processes" --standalone carve3d_train.py "$@"

@@ -26,8 +26,10 @@ setup(
     packages=find_packages(include=[pattern for room in ROOMS for pattern in (room, f"{room}.*")]),
     package_data={
         "prompts": ["*.txt", "tiny/*.txt"],
+        "diffusers_patch": ["instant3d/*.json"],
         "mrc": ["weights/*"],
         "tiny": ["weights/**"],
+        "tools.pretend_gpu": ["shim.cpp"],
     },
     install_requires=requirements(DIRECT),
     extras_require={

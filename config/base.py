@@ -67,12 +67,15 @@ def get_config() -> ConfigDict:
 
     config.pretrained = ConfigDict()
     # The painter's weights: a folder in diffusers format, or a hub id such as "someone/some-model"; for "mvdream" also
-    # the original file sd-v2.1-base-4view.pt. Must be given.
+    # the original file sd-v2.1-base-4view.pt. tools/convert_instant3d.py makes a folder of Instant3D's. Must be given.
     config.pretrained.model = ""
     # Branch, tag or commit of a hub id; ignored for a folder.
     config.pretrained.revision = "main"
     # Folder with CLIP's tokenizer, needed only for that .pt file, which has none.
     config.pretrained.tokenizer = ""
+    # Another VAE for the same latents: a folder, or a hub id (its main branch) such as "madebyollin/sdxl-vae-fp16-fix",
+    # which unlike SDXL's own can be used in half precision. "" = the one that comes with the model.
+    config.pretrained.vae = ""
     # Folder of a LoRA that is fused into the painter before anything else, so that painter + LoRA is the base model
     # (and the KL reference) of this run. "" = none.
     config.pretrained.lora = ""
@@ -91,9 +94,9 @@ def get_config() -> ConfigDict:
     config.prompts.train_file = "prompts/train_candidates.txt"
     # Validation prompts: painted with fixed noise every val_freq epochs.
     config.prompts.val_file = "prompts/validation.txt"
-    # Test prompts, kept apart for the end: a run only checks that they are there; name the file as val_file to evaluate
-    # on them. The paper's are the 415 DreamFusion prompts, which are not shipped: put a copy at
-    # prompts/dreamfusion_415.txt (or .json) and name it here.
+    # Test prompts, kept apart for the end: a run only checks that they are there, and tools.evaluate paints them. The
+    # paper's are the 415 DreamFusion prompts, which are not shipped: put a copy at prompts/dreamfusion_415.txt (or
+    # .json) and name it here.
     config.prompts.test_file = "prompts/test.txt"
     # How many training prompts, from the top of train_file. 0 = all.
     config.prompts.num_train = 30
@@ -116,6 +119,14 @@ def get_config() -> ConfigDict:
     config.sample.batch_size = 8
     # Batches per process and epoch. 0 = derived from total_batch_size; a number given here wins over it.
     config.sample.num_batches_per_epoch = 0
+    # Samples (of 4 views, or one grid of them) that the VAE decodes at a time. The VAE of SDXL takes 3 GB for each in
+    # float32, so this bounds the memory; it changes no result.
+    config.sample.decode_batch_size = 8
+    # Where the denoising starts: "noise", or, for "mv_sdxl" only, "gaussian_blob" = noise around four Gaussian blobs,
+    # one in the middle of each view, as Instant3D was published.
+    config.sample.initial_latents = "noise"
+    # Only "gaussian_blob": standard deviation of a blob, in sides of a view, (0, 1].
+    config.sample.blob_std = 0.1
     # Text appended to every prompt before the painter reads it, such as ", white background". Rewards and trackers
     # see the prompt without it.
     config.sample.prompt_suffix = ""
@@ -132,6 +143,9 @@ def get_config() -> ConfigDict:
     # Micro-batches per optimizer step and process (the timesteps of a sample are accumulated as well). 0 = derived from
     # total_batch_size; a number given here wins over it.
     config.train.gradient_accumulation_steps = 0
+    # Compute the UNet's blocks again in the backward pass instead of keeping all that it needs of them: a third more
+    # arithmetic in the update for a quarter of its memory, and the same gradients.
+    config.train.gradient_checkpointing = False
     # Keep Adam's moments in 8 bits: needs bitsandbytes and a GPU.
     config.train.use_8bit_adam = False
     # AdamW: step size, decay rates of the two moments, decoupled weight decay, and the term that keeps the division
@@ -179,6 +193,8 @@ def get_config() -> ConfigDict:
     config.recon.checkpoint = ""
     # Its arithmetic: "fp32", "bf16" or "fp16" (GPU only).
     config.recon.dtype = "fp32"
+    # Where it computes: "" = on the process's own device, or another one, such as "cuda:1" for a run of one process.
+    config.recon.device = ""
     # Side of the re-rendered views, pixels.
     config.recon.render_size = 512
     # Most rays rendered at once: bounds the memory, changes no result.
@@ -197,6 +213,9 @@ def get_config() -> ConfigDict:
     config.mrc.min_foreground = 0.005
     # Reward of a sample with an empty view. Below 0, which is a perfect MRC: otherwise painting nothing wins.
     config.mrc.empty_view_reward = -1.0
+    # Let the rewards of samples with an empty view enter the statistics that advantages are relative to, as published.
+    # False: they get the worst advantage, -train.adv_clip_max, and leave the statistics of their prompts alone.
+    config.mrc.empty_in_statistics = False
     # LPIPS weights (AlexNet, v0.1). "" = the file that ships with mrc/.
     config.mrc.lpips_checkpoint = ""
 

@@ -6,7 +6,9 @@
     --config config/dgx.py:kl_coefficient(0.1)   weight of the KL,
     --config config/dgx.py:multi_round(2)        updates per epoch
 
+    --config config/dgx.py:instant3d_grm         the published run on the nearest open weights, Instant3D + GRM
     --config config/dgx.py:mvdream_lgm           the same with the open pair MVDream + LGM
+    --config config/dgx.py:instant3d_grm(24)     either on GPUs of 24 GB instead of 80
 
 The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
 768 is fixed here; batches per process and gradient accumulation follow from the real number of processes, so on fewer
@@ -25,7 +27,11 @@ TRAIN_PROMPTS = 30  # published: the 30 of 100 candidates with the lowest reward
 
 
 def carve3d_train() -> ConfigDict:
-    """The published run. Still to be given by the user: pretrained.model and recon.checkpoint."""
+    """The published run. Still to be given by the user: pretrained.model and recon.checkpoint.
+
+    The paper's weights were never released: Instant3D-10K, which paints, and a sparse-view LRM, which reconstructs. The
+    nearest open ones are instant3d.pth and grm_u.pth, both of justimyhxu/GRM, a 2x2 grid at the same cameras:
+    `instant3d_grm` is this run with what they need."""
     config = base.get_config()
     # written by `python -m tools.curate_prompts`: which prompts are hard depends on the painter
     config.prompts.train_file = "prompts/curated/kept.txt"
@@ -58,7 +64,19 @@ def multi_round(rounds: int) -> ConfigDict:
     return config
 
 
-def mvdream_lgm() -> ConfigDict:
+def instant3d_grm(gigabytes: float = 80) -> ConfigDict:
+    """The published run with the open Instant3D and GRM. Still to be given: pretrained.model and recon.checkpoint, the
+    folders that tools.convert_instant3d makes of instant3d.pth and tools.convert_grm of grm_u.pth."""
+    config = carve3d_train()
+    config.painter.name = "mv_sdxl"
+    config.pretrained.vae = "madebyollin/sdxl-vae-fp16-fix"  # as published: SDXL's own overflows in half precision
+    config.sample.initial_latents = "gaussian_blob"
+    config.recon.name = "grm"
+    config.recon.dtype = "bf16"  # as published
+    return _fit(config, gigabytes)
+
+
+def mvdream_lgm(gigabytes: float = 80) -> ConfigDict:
     """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub
     id) and recon.checkpoint."""
     config = carve3d_train()
@@ -74,7 +92,7 @@ def mvdream_lgm() -> ConfigDict:
     config.recon.dtype = "fp16"
     config.recon.remove_background = True  # MVDream paints on gray
     config.recon.render_size = 256
-    return config
+    return _fit(config, gigabytes)
 
 
 def get_config(name: str = "carve3d_train") -> ConfigDict:
@@ -82,9 +100,8 @@ def get_config(name: str = "carve3d_train") -> ConfigDict:
 
     Raises ValueError when there is no such run or when it gets the wrong arguments.
     """
-    runs = {
-        run.__name__: run for run in (carve3d_train, data_size, batch_size, kl_coefficient, multi_round, mvdream_lgm)
-    }
+    with_sizes = (data_size, batch_size, kl_coefficient, multi_round)
+    runs = {run.__name__: run for run in (carve3d_train, *with_sizes, instant3d_grm, mvdream_lgm)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
@@ -108,6 +125,16 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
     config.prompts.num_train = prompts
     config.per_prompt_stat_tracking.min_count = per_prompt
     config.per_prompt_stat_tracking.buffer_size = 3 * per_prompt  # about three epochs
+    return config
+
+
+def _fit(config: ConfigDict, gigabytes: float) -> ConfigDict:
+    """Smaller batches for GPUs of less than 80 GB; `python -m tools.plan` shows what each stage then needs."""
+    if gigabytes < 24:
+        raise ValueError(f"{gigabytes} GB are too few for this run: use GPUs of 24 GB or more")
+    if gigabytes < 80:
+        config.train.gradient_checkpointing = True
+        config.sample.batch_size, config.sample.decode_batch_size = 4, 1
     return config
 
 

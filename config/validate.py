@@ -28,11 +28,14 @@ PATHS = (  # keys that name files or folders
     "prompts.val_file",
     "prompts.test_file",
     "pretrained.model",
+    "pretrained.vae",
     "pretrained.lora",
     "pretrained.tokenizer",
     "recon.checkpoint",
     "mrc.lpips_checkpoint",
 )
+
+SPLATTING = ("lgm", "grm")  # reconstructors whose scenes are rendered by gsplat on GPUs
 
 # The values that a key may have. Painters, reconstructors and rewards are those of the registries in diffusers_patch/
 # loading.py, recon/__init__.py and mrc/rewards.py, which cost seconds to import; a test holds the names here to them.
@@ -43,6 +46,7 @@ CHOICES = {
     "kl_estimator": ("log_ratio", "analytic"),
     "painter.name": ("mv_sdxl", "mvdream"),
     "lora.targets": ("attention", "attention+conv"),
+    "sample.initial_latents": ("noise", "gaussian_blob"),
     "train.timestep_weighting": ("uniform", "noise"),
     "recon.name": ("tiny_lrm", "lgm", "grm", "openlrm"),
     "recon.dtype": ("fp32", "bf16", "fp16"),
@@ -63,9 +67,11 @@ RANGES = {
     "sample.eta": "(0, 1]",
     "sample.guidance_scale": "[1, inf)",
     "sample.guidance_rescale": "[0, 1]",
+    "sample.blob_std": "(0, 1]",
     "sample.total_batch_size": "[0, inf)",
     "sample.batch_size": "[1, inf)",
     "sample.num_batches_per_epoch": "[0, inf)",
+    "sample.decode_batch_size": "[1, inf)",
     "sample.save_images": "[0, inf)",
     "train.total_batch_size": "[0, inf)",
     "train.batch_size": "[1, inf)",
@@ -103,7 +109,7 @@ def validate(
     """Check the whole configuration for a run on `num_processes` processes; returns it with derived numbers filled in.
 
     device_type: "cuda" or "cpu" where it is known (torch.device.type); None leaves out what depends on it.
-    check_files: False leaves out whether checkpoints exist.
+    check_files: False leaves out whether checkpoints and optional packages exist.
     The same `config` object is changed (see `resolve`) and returned.
     Raises ValueError (FileNotFoundError for files) with one sentence that names the key and what to change.
     """
@@ -120,6 +126,7 @@ def validate(
     _check_precision(config, device_type)
     _check_required(config)
     if check_files:
+        _check_packages(config, device_type)
         _check_files(config)
     return config
 
@@ -233,14 +240,24 @@ def _check_steps(config: ConfigDict) -> None:
 
 def _check_foreign_keys(config: ConfigDict) -> None:
     """A key that only one painter or reconstructor reads would be ignored without a word if set for another."""
-    default = base.get_config().painter
+    default = base.get_config()
     for key in ("elevation", "azimuth_start", "negative_prompt"):
-        if config.painter.name != "mvdream" and config.painter[key] != default[key]:
+        if config.painter.name != "mvdream" and config.painter[key] != default.painter[key]:
             raise ValueError(
                 f"config.painter.{key} is {config.painter[key]!r}, which only the painter 'mvdream' can "
                 f"follow: set config.painter.name to 'mvdream', or leave the key out"
             )
-    if config.recon.name != "openlrm" and config.recon.input_views != base.get_config().recon.input_views:
+    if config.painter.name != "mv_sdxl" and config.sample.initial_latents == "gaussian_blob":
+        raise ValueError(
+            "config.sample.initial_latents is 'gaussian_blob', which only the painter 'mv_sdxl' can follow: set it to "
+            "'noise', or config.painter.name to 'mv_sdxl'"
+        )
+    if config.sample.initial_latents != "gaussian_blob" and config.sample.blob_std != default.sample.blob_std:
+        raise ValueError(
+            f"config.sample.blob_std is {config.sample.blob_std!r}, but config.sample.initial_latents is "
+            f"{config.sample.initial_latents!r}, which has no blobs: set that to 'gaussian_blob', or leave the key out"
+        )
+    if config.recon.name != "openlrm" and config.recon.input_views != default.recon.input_views:
         raise ValueError(
             f"config.recon.input_views is {config.recon.input_views!r}, which only the reconstructor 'openlrm' can "
             f"follow: set config.recon.name to 'openlrm', or leave the key out"
@@ -282,11 +299,21 @@ def _check_precision(config: ConfigDict, device_type: str | None) -> None:
     if config.train.use_8bit_adam:
         if device_type == "cpu":
             raise ValueError("config.train.use_8bit_adam needs a GPU and this run has none: set it to False")
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ValueError(
-                "config.train.use_8bit_adam needs the package bitsandbytes, which is not installed: "
-                "pip install bitsandbytes, or set it to False"
-            )
+
+
+def _check_packages(config: ConfigDict, device_type: str | None) -> None:
+    if device_type == "cuda" and config.recon.name in SPLATTING and config.reward_fn == "mrc":
+        _check_package("gsplat", f"config.recon.name = {config.recon.name!r} on a GPU", "pip install gsplat==1.5.3")
+    if config.recon.remove_background and config.reward_fn == "mrc":
+        _check_package("rembg", "config.recon.remove_background = True", "pip install rembg, or set it to False")
+    if config.train.use_8bit_adam:
+        remedy = "pip install bitsandbytes, or set it to False"
+        _check_package("bitsandbytes", "config.train.use_8bit_adam = True", remedy)
+
+
+def _check_package(package: str, what: str, remedy: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{what} needs the package {package}, which is not installed: {remedy}")
 
 
 def _check_required(config: ConfigDict) -> None:
@@ -308,6 +335,7 @@ def _check_required(config: ConfigDict) -> None:
 def _check_files(config: ConfigDict) -> None:
     checkpoints = {
         "pretrained.model": config.pretrained.model,
+        "pretrained.vae": config.pretrained.vae,
         "pretrained.lora": config.pretrained.lora,
         "resume_from": config.resume_from,
     }
@@ -315,7 +343,7 @@ def _check_files(config: ConfigDict) -> None:
         checkpoints["recon.checkpoint"] = config.recon.checkpoint
         checkpoints["mrc.lpips_checkpoint"] = config.mrc.lpips_checkpoint
     for key, path in checkpoints.items():
-        hub_id = key in ("pretrained.model", "recon.checkpoint") and _may_be_hub_id(path)
+        hub_id = key in ("pretrained.model", "pretrained.vae", "recon.checkpoint") and _may_be_hub_id(path)
         if path and not hub_id and not Path(path).expanduser().exists():
             raise FileNotFoundError(
                 f"config.{key} is {path!r}, which does not exist: set it to an existing file or folder"

@@ -26,6 +26,8 @@ def compute_advantages(
     kl_tracker: PerPromptStatTracker | None = None,
     kl_in_reward: bool = True,
     kl_normalized_coeff: float = 0.2,
+    empty: np.ndarray | None = None,
+    worst: float = -5.0,
 ) -> Advantages:
     """advantage = norm(reward) - kl_normalized_coeff * norm(kl), over the samples of ALL processes.
 
@@ -34,6 +36,9 @@ def compute_advantages(
     kl_tracker: `PerPromptStatTracker` of the KL; None subtracts the raw KL.
     kl_in_reward: False only tracks and reports the KL (it is then a term of the loss, see `ppo_loss`).
     kl_normalized_coeff: weight of the KL, >= 0 (Carve3D: 0.2).
+    empty: (N,) bool, samples that show nothing, whose reward is a penalty rather than a measurement; None = none. They
+        enter no statistics of rewards, where a single one would shrink the advantages of its prompt for epochs, and
+        get the reward advantage `worst`, which should be -adv_clip_max. Without `empty` they are counted as published.
 
     The given trackers are updated; apart from that the function is pure. The KL is subtracted before the clamp to
     `adv_clip_max` that `ppo_loss` applies. Returns `Advantages`. Raises ValueError for lengths that differ or values
@@ -43,10 +48,10 @@ def compute_advantages(
     rewards = one_value_per_prompt("rewards", rewards, prompts)
     kl = None if kl is None else one_value_per_prompt("kl", kl, prompts)
 
-    if reward_tracker is None:
-        reward_advantages = (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)
-    else:
-        reward_advantages = reward_tracker.update(prompts, rewards)
+    counted = np.ones(len(rewards), bool) if empty is None else ~np.asarray(empty, bool)
+    reward_advantages = np.full_like(rewards, worst)
+    if counted.any():
+        reward_advantages[counted] = _normalized(rewards[counted], np.array(prompts)[counted], reward_tracker)
     if kl is None:
         return Advantages(reward_advantages, reward_advantages, None)
 
@@ -55,3 +60,9 @@ def compute_advantages(
         return Advantages(reward_advantages, reward_advantages, kl_normalized)
     penalty = kl if kl_normalized is None else kl_normalized
     return Advantages(reward_advantages - kl_normalized_coeff * penalty, reward_advantages, kl_normalized)
+
+
+def _normalized(rewards, prompts, tracker):
+    if tracker is None:
+        return (rewards - rewards.mean()) / (rewards.std() + STD_EPSILON)
+    return tracker.update(prompts.tolist(), rewards)

@@ -1,16 +1,21 @@
-"""The step size by what it does: a learning rate that moves the policy by a given KL per update."""
+"""Numbers of the update held to what the networks really do: the step size, and the clip range."""
+
+from collections.abc import Sequence
 
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from config.batches import trainable_steps
-from diffusers_patch.ddim_with_logprob import ddim_mean_std
-from diffusers_patch.policy import MultiViewPolicy
+from config.batches import trainable_steps, trained_steps
+from ddpo.sampling import CLIP_RANGE, make_generator
+from diffusers_patch.ddim_with_logprob import ddim_mean_std, draw, gaussian_log_prob
+from diffusers_patch.policy import DTYPES, MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 
 SAMPLES = 8  # on which the KL is measured, over all processes, but at least one on each: its first digit is enough
 LARGEST_CHANGE = 10.0
+CLIP_STEPS = 4  # timesteps at which the rounding of ratios is measured
+LARGEST_CLIP_FRACTION = 0.05  # on-policy, of transitions that are clipped by rounding alone
 
 
 class StepCalibration:
@@ -62,7 +67,7 @@ class StepCalibration:
         per_process, num_processes = len(self.trajectory), self.accelerator.num_processes
         first = per_process * self.accelerator.process_index
         spacing = max(1, per_process * num_processes // max(SAMPLES, num_processes))
-        index = torch.arange(first, first + per_process, device=self.policy.device)
+        index = torch.arange(first, first + per_process)
         return trajectory_means(self.policy, self.trajectory, index[index % spacing == 0] - first, self.config)
 
 
@@ -72,10 +77,11 @@ def trajectory_means(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Means (b, K, ...) and stds (b, K, 1, ...), in float32, of the trainable steps of the samples `index` (b,)."""
     means, stds = [], []
+    batch = trajectory.take(index).to(policy.device)
     policy.scheduler.set_timesteps(trajectory.num_steps, device=policy.device)
     with policy.full_precision():
         for k in range(trainable_steps(config)):
-            old = trajectory.transitions(index, torch.full_like(index, k)[:, None])
+            old = batch.transitions(torch.full((len(batch), 1), k, device=policy.device))
             output = policy.predict(old.latents, old.timesteps, old.conditioning, config.sample.guidance_scale)
             mean, std = ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, config.sample.eta)
             means.append(mean)
@@ -90,3 +96,54 @@ def kl_between(before: tuple[torch.Tensor, torch.Tensor], after: tuple[torch.Ten
     """
     (mean, std), (other, _) = before, after
     return ((mean - other) ** 2 / (2 * std**2)).flatten(1).sum(1)
+
+
+def check_clip_range(policy: MultiViewPolicy, prompts: Sequence[str], config: ConfigDict) -> None:
+    """Raise ValueError if rounding alone would clip ratios: half-precision networks in a clip range of float32.
+
+    On-policy every ratio is 1, and a clipped one gives no gradient. The sentence says how many would be clipped, and
+    which range would do. Nothing is measured if the range is not below the precision of the type.
+    """
+    allowed = config.train.clip_range
+    if config.mixed_precision == "no" or allowed >= torch.finfo(DTYPES[config.mixed_precision]).eps:
+        return
+    deviation = ratio_deviation(policy, prompts, config)
+    fraction = float((deviation > allowed).float().mean())
+    if fraction > LARGEST_CLIP_FRACTION:
+        raise ValueError(
+            f"config.train.clip_range is {allowed:g}, but with config.mixed_precision = {config.mixed_precision!r} "
+            f"rounding alone moves {100 * fraction:.0f} % of the ratios further than that from 1, and nothing would be "
+            f"learned from those: set it to {2 * float(deviation.quantile(0.99)):.1g}, or choose a more precise type"
+        )
+
+
+@torch.no_grad()
+def ratio_deviation(policy: MultiViewPolicy, prompts: Sequence[str], config: ConfigDict) -> torch.Tensor:
+    """|ratio - 1| on-policy, (CLIP_STEPS * b,): sampling and update compute the same in batches of other sizes.
+
+    Simulated at timesteps spread over the trained ones, for the b samples of one micro-batch, whose latents are noise.
+    """
+    sample, train = config.sample, config.train
+    scheduler = policy.scheduler
+    scheduler.set_timesteps(sample.num_steps, device=policy.device)
+    captions = [prompts[i % len(prompts)] + sample.prompt_suffix for i in range(sample.batch_size)]
+    conditioning = policy.encode(captions)
+    generator = make_generator(config.seed, CLIP_RANGE)
+    together = min(train.timesteps_per_forward, trained_steps(config))
+
+    def mean_std(x, t, rows):
+        """Of the first b samples, computed in a batch of the samples `rows`."""
+        t, given = t.expand(len(rows)), {name: value[rows] for name, value in conditioning.items()}
+        output = policy.predict(x[rows], t, given, sample.guidance_scale)
+        mean, std = ddim_mean_std(scheduler, output, t, x[rows], sample.eta)
+        return mean[: train.batch_size], std[: train.batch_size]
+
+    sampled, trained = torch.arange(sample.batch_size), torch.arange(train.batch_size).repeat(together)
+    deviations = []
+    for k in torch.linspace(0, trainable_steps(config) - 1, CLIP_STEPS).long().tolist():
+        x, t = policy.initial_latents(len(captions), generator), scheduler.timesteps[k]
+        mean, std = mean_std(x, t, sampled)
+        x_prev = draw(mean, std, generator)
+        log_ratio = gaussian_log_prob(x_prev, *mean_std(x, t, trained)) - gaussian_log_prob(x_prev, mean, std)
+        deviations.append(log_ratio.exp().sub(1).abs())
+    return torch.cat(deviations)

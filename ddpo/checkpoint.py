@@ -3,7 +3,8 @@
 A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     weights.safetensors   what is trained
     optimizer.pt          the optimizer's state
-    run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration
+    run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration, validation
+                          prompts
     manifest.json         size and SHA-256 of the other files
 It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder
 of that name is complete. Random states need no place in it: every random stream is made anew from the run's seed and
@@ -62,10 +63,23 @@ def save_run(run) -> None:
         "calibrations_left": run.calibration.remaining,
         "trackers": {name: tracker and tracker.state_dict() for name, tracker in run.trackers.items()},
         "loss_scaler": scaler and scaler.state_dict(),
+        "validation_prompts": run.prompts.val_set,
         "config": run.config.to_dict(),
     }
     weights, optimizer_state = run.policy.trainable_state(), run.optimizer.state_dict()
     save_checkpoint(run.folder, run.epochs_done, weights, optimizer_state, state, run.config.num_checkpoint_limit)
+
+
+def check_validation_prompts(checkpoint: Path, prompts: list[str]) -> None:
+    """Raise ValueError if a run that resumes from `checkpoint` had other validation prompts than `prompts`: validations
+    of one run are compared prompt by prompt."""
+    found = json.loads((checkpoint / "run.json").read_text()).get("validation_prompts", prompts)
+    if found != prompts:
+        raise ValueError(
+            f"config.prompts.val_file has other prompts ({len(prompts)}) than those that {checkpoint.parent} was "
+            f"validated on ({len(found)}): resume with the run's own val_file, and use python -m tools.evaluate for "
+            f"other prompts"
+        )
 
 
 def load_run(run, checkpoint: Path) -> None:

@@ -1,9 +1,13 @@
 """Samples as pictures: views object by object, such as painted views over re-rendered views."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
 SIDE = (96, 256)  # about the smallest and the largest side in pixels of a view in a picture
 CAPTION = 26  # height in pixels of the two lines of text above an object
@@ -34,9 +38,40 @@ def sample_picture(
     return canvas
 
 
+def save_views(rows: dict[str, torch.Tensor], file: Path) -> None:
+    """Write a sample's rows of views, label -> (V, 3, S, S) uint8, as a PNG: one strip above the other, all pixels."""
+    pixels = torch.cat([_pixels(views) for views in rows.values()])
+    text = PngInfo()
+    text.add_text("rows", json.dumps({label: len(views) for label, views in rows.items()}))
+    Image.fromarray(pixels.cpu().numpy()).save(file, pnginfo=text)
+
+
+def load_views(file: Path) -> dict[str, torch.Tensor]:
+    """What `save_views` wrote: label -> (V, 3, S, S) uint8. Raises ValueError for another file."""
+    try:
+        with Image.open(file) as picture:
+            rows = json.loads(picture.text["rows"])
+            pixels = torch.from_numpy(np.array(picture))
+    except (KeyError, AttributeError, ValueError, UnidentifiedImageError, OSError) as error:
+        raise ValueError(
+            f"{file} is missing or not a picture of views that a run wrote: give the run's own file"
+        ) from error
+    strips = pixels.chunk(len(rows))
+    return {
+        label: strip.unflatten(1, (count, -1)).permute(1, 3, 0, 2)
+        for (label, count), strip in zip(rows.items(), strips, strict=True)
+    }
+
+
+def _pixels(views):
+    """Views (V, 3, S, S) side by side: (S, V * S, 3)."""
+    V, _, S, _ = views.shape
+    return views.permute(2, 0, 3, 1).reshape(S, V * S, 3)
+
+
 def _strip(views, side):
     """Views (V, 3, S, S) in [0, 1] side by side, each `side` pixels wide: a PIL image."""
     V, _, S, _ = views.shape
-    pixels = (views.permute(2, 0, 3, 1).reshape(S, V * S, 3).float().clamp(0, 1) * 255).round().byte()
+    pixels = (_pixels(views).float().clamp(0, 1) * 255).round().byte()
     resampling = Image.Resampling.NEAREST if side >= S else Image.Resampling.BOX
     return Image.fromarray(pixels.cpu().numpy()).resize((V * side, side), resampling)

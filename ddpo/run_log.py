@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 from scipy.stats import sem, ttest_rel
 
-from ddpo.pictures import sample_picture
+from ddpo.pictures import load_views, sample_picture, save_views
 from ddpo.sampling import Samples
 
 CURVES = {  # curves.png: title -> (kind of line, key)
@@ -60,9 +61,9 @@ class RunLog:
         partial = self.folder / "metrics.tmp"
         partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         os.replace(partial, file)
-        for validation in (self.folder / "validation").glob("epoch_*.npz"):
-            if int(validation.stem.removeprefix("epoch_")) >= epochs_done:
-                validation.unlink()
+        for validation in self._validations():
+            if int(validation.name.removeprefix("epoch_")) >= epochs_done:
+                shutil.rmtree(validation)
 
     # -- the three reports of a run -----------------------------------------------------------------------------------
 
@@ -92,37 +93,43 @@ class RunLog:
         self._histogram("reward", reward, epoch)
         for i, statistics in enumerate(updates):
             self._write("update", epoch, {"update": i, **statistics})
-        if epoch % self.config.save_freq == 0:
-            images = {"views": samples.trajectory.views, "renders": samples.renders}
-            rows = {ROWS[name]: value for name, value in images.items() if value is not None}
-            self._picture("epoch", epoch, rows, _reward_notes(samples.reward), prompts)
+        self._picture("epoch", epoch, labelled(samples.images), _reward_notes(samples.reward), prompts)
 
         learning = "(fills the trackers, no update)"
         if updates:
             learning = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
+            skipped = sum(statistics["step_skipped"] for statistics in updates)
+            learning += f"  ({skipped} of {len(updates)} steps skipped: overflow in float16)" if skipped else ""
         times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())
         self.say(
             f"epoch {epoch:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {line.get('kl_mean', 0.0):.2e}  "
             f"{learning}  {times}"
         )
 
-    def validation(self, epochs_done: int, results: dict[str, np.ndarray], prompts: Sequence[str]) -> None:
-        """Metrics of a validation, its views and rewards as validation/epoch_XXXX.npz, a picture and one line of text.
+    def validation_images(self, epochs_done: int, indices: Sequence[int], images: dict[str, torch.Tensor]) -> None:
+        """Write validation/epoch_XXXX/NNNN.png of this process's samples: painted views over re-rendered ones.
 
-        results: over all processes, see `ddpo.sampling.gather_validation`."""
-        reward = results["reward"]
-        line = summary(results) | {
+        indices: NNNN, the prompts' places in the file of validation prompts; images: see `ddpo.sampling.Samples`."""
+        folder = self._validation(epochs_done)
+        folder.mkdir(parents=True, exist_ok=True)
+        for n, index in enumerate(indices):
+            save_views({name: value[n] for name, value in images.items()}, folder / f"{index:04d}.png")
+
+    def validation(self, epochs_done: int, scores: dict[str, np.ndarray], prompts: Sequence[str]) -> None:
+        """Metrics of a validation, also as validation/epoch_XXXX/scores.json, a picture and one line of text.
+
+        scores: over all processes, see `ddpo.sampling.gather_uneven_scores`."""
+        reward = scores["reward"]
+        line = summary(scores) | {
             "reward_standard_error": standard_error(reward),
-            **{f"{name}s": results[name].tolist() for name in ("reward", "kl") if name in results},
+            **{f"{name}s": scores[name].tolist() for name in ("reward", "kl") if name in scores},
         }
         self._write("validation", epochs_done, line)
         if self.accelerator.is_main_process:
-            file = self.folder / "validation" / f"epoch_{epochs_done:04d}.npz"
-            file.parent.mkdir(exist_ok=True)
-            images = {name: results[name] for name in ROWS if name in results}
-            np.savez_compressed(file, rewards=reward, prompts=np.array(prompts), **images)
-            rows = {ROWS[name]: torch.as_tensor(value) / 255 for name, value in images.items()}
-            self._picture("validation", epochs_done, rows, _reward_notes(reward), prompts)
+            content = {"prompts": list(prompts), "rewards": line["rewards"]}
+            (self._validation(epochs_done) / "scores.json").write_text(json.dumps(content) + "\n")
+            images = self._first_validation_images(self._validation(epochs_done))
+            self._picture("validation", epochs_done, labelled(images), _reward_notes(reward), prompts)
         self.say(
             f"validation after {epochs_done} epochs: reward {line['reward_mean']:+.4f} +- "
             f"{line['reward_standard_error']:.4f} (standard error over {len(reward)} prompts)"
@@ -198,11 +205,11 @@ class RunLog:
                 tracker.writer.add_histogram(name, np.asarray(values), epoch)
 
     def _picture(self, kind, epoch, rows, notes, captions):
-        """samples/<kind>_<epoch>.png of the first `sample.save_images` objects; see `sample_picture`."""
+        """samples/<kind>_<epoch>.png of the first `sample.save_images` objects; rows: label -> uint8 views."""
         shown = self.config.sample.save_images
-        if not shown or not self.accelerator.is_main_process:
+        if not shown or not rows or not self.accelerator.is_main_process:
             return
-        picture = sample_picture({label: row[:shown] for label, row in rows.items()}, notes, captions)
+        picture = sample_picture({label: row[:shown] / 255 for label, row in rows.items()}, notes, captions)
         file = self.folder / "samples" / f"{kind}_{epoch:04d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         picture.save(file)
@@ -212,17 +219,34 @@ class RunLog:
 
     def _before_and_after(self, epochs_done):
         """samples/before_after_<epochs>.png: validation prompts, painted and re-rendered, before and after."""
-        files = sorted((self.folder / "validation").glob("epoch_*.npz"))
-        before, after = np.load(files[0]), np.load(files[-1])
+        validations = {"before": self._validations()[0], "after": self._validations()[-1]}
         rows = {
-            f"{label}, {when}": torch.as_tensor(data[name]) / 255
-            for when, data in (("before", before), ("after", after))
-            for name, label in ROWS.items()
-            if name in data
+            f"{label}, {when}": images
+            for when, folder in validations.items()
+            for label, images in labelled(self._first_validation_images(folder)).items()
         }
+        before, after = (json.loads((folder / "scores.json").read_text()) for folder in validations.values())
         rewards = zip(before["rewards"], after["rewards"], strict=True)
         notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in rewards]
-        self._picture("before_after", epochs_done, rows, notes, [str(prompt) for prompt in before["prompts"]])
+        self._picture("before_after", epochs_done, rows, notes, before["prompts"])
+
+    def _validation(self, epochs_done):
+        return self.folder / "validation" / f"epoch_{epochs_done:04d}"
+
+    def _validations(self):
+        """The folders of all validations so far, oldest first."""
+        return sorted((self.folder / "validation").glob("epoch_*"))
+
+    def _first_validation_images(self, folder):
+        """The first `sample.save_images` samples of a validation: as `Samples.images`."""
+        files = sorted(folder.glob("*.png"))[: self.config.sample.save_images]
+        samples = [load_views(file) for file in files]
+        return {name: torch.stack([sample[name] for sample in samples]) for name in (samples[0] if samples else ())}
+
+
+def labelled(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Images of samples under the labels that they have in pictures."""
+    return {ROWS[name]: value for name, value in images.items()}
 
 
 def summary(scores: dict[str, np.ndarray]) -> dict[str, float]:

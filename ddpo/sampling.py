@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from prompts.dataset import PromptDataset
 
 # What random numbers are used for. Every use has a stream of its own, made from the run's seed, so that a resumed run
 # needs no saved state and a sample does not depend on how many processes paint.
-PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION = range(5)
+PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION, EVALUATION, CLIP_RANGE = range(7)
 
 
 def make_generator(seed: int, purpose: int, *indices: int) -> torch.Generator:
@@ -30,11 +30,13 @@ def make_generator(seed: int, purpose: int, *indices: int) -> torch.Generator:
 class Samples:
     """N samples that one process painted, and their scores."""
 
-    trajectory: Trajectory
+    trajectory: Trajectory  # in host memory, without its views
+    images: dict[
+        str, torch.Tensor
+    ]  # of the first n samples: "views" and "renders" (n, V, 3, S, S) uint8 in host memory
     reward: torch.Tensor  # (N,)
     foreground: torch.Tensor  # (N, V) share of each view that is foreground
     empty: torch.Tensor  # (N, V) bool
-    renders: torch.Tensor | None  # (N, V, 3, S, S)
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
 
@@ -51,10 +53,15 @@ def collect_samples(
     generators: list[torch.Generator],
     config: ConfigDict,
     score_reference: bool,
+    keep_images: int = 0,
     show_progress: bool = False,
 ) -> Samples:
-    """Paint and score N prompts with N generators, `config.sample.batch_size` at a time."""
-    trajectories, results, seconds = [], [], {"sampling": 0.0, "reward": 0.0}
+    """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
+
+    keep_images: of how many samples, the first ones, the views and renders are kept. The trajectories wait for the
+    update in host memory: an epoch of them can be larger than a GPU.
+    """
+    trajectories, results, images, seconds = [], [], [], {"sampling": 0.0, "reward": 0.0}
     size, suffix = config.sample.batch_size, config.sample.prompt_suffix
     bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
     for first in range(0, len(prompts), size):
@@ -71,10 +78,13 @@ def collect_samples(
             score_reference=score_reference,
             show_progress=show_progress,
         )
-        trajectories.append(trajectory)
         bar.set_description("reward")
         middle = time.perf_counter()
-        results.append(reward_fn(trajectory.views, prompts[batch]))
+        result = reward_fn(trajectory.views, prompts[batch])
+        if first < keep_images:
+            images.append(_to_bytes(trajectory.views, result.renders, keep_images - first))
+        trajectories.append(replace(trajectory, views=None).to("cpu"))
+        results.append(replace(result, renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
         bar.update(len(trajectory))
@@ -86,13 +96,19 @@ def collect_samples(
     trajectory = Trajectory.cat(trajectories)
     return Samples(
         trajectory=trajectory,
+        images={name: torch.cat([part[name] for part in images]) for name in (images[0] if images else ())},
         reward=cat("reward").float(),
         foreground=cat("foreground"),
         empty=cat("empty"),
-        renders=None if results[0].renders is None else cat("renders"),
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
     )
+
+
+def _to_bytes(views, renders, count):
+    """The first `count` samples of views and renders as uint8 in host memory; no entry where there are no renders."""
+    images = {"views": views, "renders": renders}
+    return {name: (value[:count] * 255).round().byte().cpu() for name, value in images.items() if value is not None}
 
 
 def local_slice(num_samples: int, accelerator: Accelerator) -> slice:
@@ -103,22 +119,19 @@ def local_slice(num_samples: int, accelerator: Accelerator) -> slice:
 
 def gather_scores(samples: Samples, accelerator: Accelerator) -> dict[str, np.ndarray]:
     """`Samples.scores` over all processes, each with equally many samples, in the order of the epoch's prompts."""
-    return {name: accelerator.gather(value.float()).cpu().numpy() for name, value in samples.scores().items()}
+    scores = {name: value.float().to(accelerator.device) for name, value in samples.scores().items()}
+    return {name: accelerator.gather(value).cpu().numpy() for name, value in scores.items()}
 
 
-def gather_validation(samples: Samples | None, indices: Sequence[int]) -> dict[str, np.ndarray]:
-    """Scores, and views and renders as bytes, over all processes, in the order of `indices`.
+def gather_uneven_scores(samples: Samples | None, indices: Sequence[int]) -> dict[str, np.ndarray]:
+    """`Samples.scores` over all processes, in the order of `indices`.
 
     indices: where this process's samples stand in the whole. Processes may have different numbers of samples; one that
     has none gives None.
     """
     rows = []
     if samples is not None:
-        images = {"views": samples.trajectory.views, "renders": samples.renders}
-        columns = samples.scores() | {
-            name: (value * 255).round().byte() for name, value in images.items() if value is not None
-        }
-        columns = {name: value.cpu().numpy() for name, value in columns.items()}
+        columns = {name: value.cpu().numpy() for name, value in samples.scores().items()}
         rows = [(index, {name: value[i] for name, value in columns.items()}) for i, index in enumerate(indices)]
     rows = [row for _, row in sorted(gather_object(rows), key=lambda item: item[0])]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

@@ -1,5 +1,6 @@
 """What a run needs beside its models: processes and device, an experiment tracker, an optimizer."""
 
+import datetime
 import netrc
 import os
 from pathlib import Path
@@ -7,7 +8,7 @@ from urllib.parse import urlsplit
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from ml_collections import ConfigDict
 
 from diffusers_patch.policy import MultiViewPolicy
@@ -22,6 +23,8 @@ def start_accelerator(config: ConfigDict) -> Accelerator:
         mixed_precision="fp16" if config.mixed_precision == "fp16" else "no",
         cpu=not torch.cuda.is_available(),
         log_with=None if config.tracker == "none" else config.tracker,
+        # published: a validation in which one process has more to paint than the others must not end the run
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(seconds=5400))],
         project_config=ProjectConfiguration(project_dir=config.logdir),
     )
 

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 STD_EPSILON = 1e-6
 
@@ -81,3 +82,13 @@ def one_value_per_prompt(name: str, values: np.ndarray, prompts: Sequence[str]) 
             f"{prompts[int(finite.argmin())]!r}: nothing can be learned from them; fix what computes them"
         )
     return values
+
+
+def make_trackers(config: ConfigDict) -> dict[str, PerPromptStatTracker | None]:
+    """{"reward", "kl"}: the per-prompt statistics of a run, None for those that are not wanted."""
+    tracking = config.per_prompt_stat_tracking
+    wanted = {"reward": tracking is not None, "kl": tracking is not None and config.kl_per_prompt_stat_tracking}
+    return {
+        name: PerPromptStatTracker(tracking.buffer_size, tracking.min_count) if want else None
+        for name, want in wanted.items()
+    }

@@ -30,34 +30,39 @@ def update(
     Gradients are summed over micro-batches and timesteps (each loss divided by their number), averaged over processes
     once per optimizer step, clipped, and applied.
 
-    trajectory: what was sampled. advantages: (N,). generator: of the shuffling. after_step: called after each optimizer
-    step, returns more statistics.
+    trajectory: what was sampled, in host memory, from where micro-batches are moved to the GPU. advantages: (N,) on the
+    CPU. generator: of the shuffling. after_step: called after each optimizer step that was not skipped, returns more
+    statistics.
     """
     policy.scheduler.set_timesteps(trajectory.num_steps, device=policy.device)
     parameters = policy.trainable_parameters()
     logs = []
     total = config.train.num_inner_epochs * len(advantages)
     bar = tqdm(total=total, desc="update", leave=False, disable=not show_progress)
-    for micro_batches in shuffled_micro_batches(len(advantages), config, generator, advantages.device):
+    for micro_batches in shuffled_micro_batches(len(advantages), config, generator):
         infos = []
         for index, steps in micro_batches:
-            for loss, info in micro_batch_losses(policy, trajectory, advantages, index, steps, config):
-                accelerator.backward(loss / config.train.gradient_accumulation_steps)
+            batch, steps = trajectory.take(index).pin().to(policy.device), steps.to(policy.device)
+            for loss, info in micro_batch_losses(policy, batch, advantages[index].to(policy.device), steps, config):
+                accelerator.backward(loss)
                 infos.append(info)
             bar.update(len(index))
-        average_gradients(parameters, accelerator)
+        # only now, for in half precision the gradients of small losses would underflow
+        average_gradients(parameters, accelerator, steps.shape[1] * config.train.gradient_accumulation_steps)
         grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        logs.append({**summarize(infos, accelerator), "grad_norm": float(grad_norm)})
-        if after_step is not None:
+        logs.append({**summarize(infos, accelerator), "grad_norm": float(grad_norm), "step_skipped": False})
+        if getattr(optimizer, "step_was_skipped", False):  # by the loss scaler: a gradient overflowed in float16
+            logs[-1]["step_skipped"] = True
+        elif after_step is not None:
             logs[-1].update(after_step())
     bar.close()
     return logs
 
 
 def shuffled_micro_batches(
-    num_samples: int, config: ConfigDict, generator: torch.Generator, device: torch.device | str = "cpu"
+    num_samples: int, config: ConfigDict, generator: torch.Generator
 ) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """For each optimizer step of an epoch its micro-batches: [(samples (b,), their timesteps (b, K))].
 
@@ -68,7 +73,7 @@ def shuffled_micro_batches(
     for _ in range(train.num_inner_epochs):
         order = torch.randperm(num_samples, generator=generator)
         steps = torch.stack([torch.randperm(num_steps, generator=generator) for _ in range(num_samples)])
-        order, steps = order.to(device), steps[:, : int(num_steps * train.timestep_fraction)].to(device)
+        steps = steps[:, : int(num_steps * train.timestep_fraction)]
         batches = list(zip(order.split(train.batch_size), steps.split(train.batch_size), strict=True))
         for first in range(0, len(batches), train.gradient_accumulation_steps):
             yield batches[first : first + train.gradient_accumulation_steps]
@@ -78,24 +83,24 @@ def micro_batch_losses(
     policy: MultiViewPolicy,
     trajectory: Trajectory,
     advantages: torch.Tensor,
-    index: torch.Tensor,
     steps: torch.Tensor,
     config: ConfigDict,
 ) -> Iterator[tuple[torch.Tensor, dict]]:
     """Yield (loss, info) of one micro-batch, `config.train.timesteps_per_forward` of its steps at a time.
 
-    advantages: (N,); index: (b,) samples; steps: (b, K) their steps, in the order in which they are trained on.
-    Each loss is a mean over samples and the steps at hand, scaled by their fraction of the K steps, so that the losses
-    of a micro-batch add up to the mean over all. info: as of `ppo_loss`, with the unscaled "loss" and that "fraction".
+    trajectory: of the b samples of the micro-batch; advantages: (b,); steps: (b, K) their steps, in the order in which
+    they are trained on; all on the policy's device.
+    Each loss is the mean over samples of the sum over the steps at hand, so that those of a micro-batch add up to K
+    times the mean over all. info: as of `ppo_loss`, with the mean "loss", and "steps", how many it is of.
     """
     train, K = config.train, steps.shape[1]
     # mean 1 over all steps that can be drawn, not over those that were: a step weighs the same in every sample
-    std = ddim_std(policy.scheduler, trajectory.timesteps[index, : trainable_steps(config)], config.sample.eta)
+    std = ddim_std(policy.scheduler, trajectory.timesteps[:, : trainable_steps(config)], config.sample.eta)
     weights = timestep_weights(std, train.timestep_weighting).gather(1, steps)
     kl_in_loss = config.kl_penalty and not config.kl_in_reward
     for first in range(0, K, train.timesteps_per_forward):
         part = slice(first, first + train.timesteps_per_forward)
-        old = trajectory.transitions(index, steps[:, part])
+        old = trajectory.transitions(steps[:, part])
         count = steps[:, part].shape[1]
         output = policy.predict(old.latents, old.timesteps, old.conditioning, config.sample.guidance_scale)
         _, log_prob = ddim_step_with_logprob(
@@ -104,26 +109,26 @@ def micro_batch_losses(
         loss, info = ppo_loss(
             log_prob,
             old.log_probs,
-            advantages[index].repeat_interleave(count),
+            advantages.repeat_interleave(count),
             train.clip_range,
             train.adv_clip_max,
             log_prob_reference=old.log_probs_reference,
             kl_beta=config.kl_beta if kl_in_loss else 0.0,
             weight=weights[:, part].flatten(),
         )
-        fraction = loss.new_tensor(count / K)
-        yield loss * fraction, {**info, "loss": loss.detach(), "fraction": fraction}
+        yield loss * count, {**info, "loss": loss.detach(), "steps": count}
 
 
-def average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator) -> None:
-    """Replace the gradients by their mean over all processes.
+def average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator, count: int) -> None:
+    """Replace gradients that are sums of `count` losses by the mean over these and over all processes.
 
     In place of DistributedDataParallel: a LoRA is small, so one message per optimizer step is cheaper than hooks that
     look for unused weights in each of the many backward passes, and the policy stays unwrapped.
     """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_div_(grads, count)
     if accelerator.num_processes == 1:
         return
-    grads = [p.grad for p in parameters if p.grad is not None]
     mean = accelerator.reduce(torch.cat([grad.flatten() for grad in grads]), reduction="mean")
     for grad, values in zip(grads, mean.split([grad.numel() for grad in grads]), strict=True):
         grad.copy_(values.view_as(grad))
@@ -131,9 +136,11 @@ def average_gradients(parameters: list[torch.nn.Parameter], accelerator: Acceler
 
 def summarize(infos: list[dict], accelerator: Accelerator) -> dict[str, float]:
     """Statistics of an optimizer step over its micro-batches and all processes: means, but for ratio_min and _max."""
+    weights = [info.pop("steps") for info in infos]
     names = sorted(infos[0])
     values = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos])  # (infos, names)
-    values = dict(zip(names, accelerator.gather(values).unbind(1), strict=True))
-    fraction = values.pop("fraction")
+    values = torch.cat([values, values.new_tensor(weights)[:, None]], 1)
+    *values, weights = accelerator.gather(values).cpu().unbind(1)
+    values = dict(zip(names, values, strict=True))
     extrema = {"ratio_min": float(values.pop("ratio_min").min()), "ratio_max": float(values.pop("ratio_max").max())}
-    return {name: float((value * fraction).sum() / fraction.sum()) for name, value in values.items()} | extrema
+    return {name: float((value * weights).sum() / weights.sum()) for name, value in values.items()} | extrema

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import list_repo_files
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
@@ -17,7 +18,7 @@ from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
 from diffusers_patch.mvdream import MVDream
 from diffusers_patch.mvdream_checkpoints import SCHEDULER, load_mvdream_pipeline
-from diffusers_patch.policy import LORA_FILE, MultiViewPolicy
+from diffusers_patch.policy import DTYPES, LORA_FILE, MultiViewPolicy
 from recon import reconstructor_cameras
 from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, mvdream_camera_vectors, mvdream_cameras
 
@@ -27,7 +28,7 @@ class Painter:
     """How one kind of painter is made.
 
     cameras: config.painter -> where its views stand, known before anything is loaded.
-    load_pipeline: (config.pretrained, scheduler) -> stock diffusers pipeline.
+    load_pipeline: (config.pretrained, scheduler, dtype, variant) -> stock diffusers pipeline.
     make_policy: (pipeline, cameras, config) -> MultiViewPolicy.
     camera_hint: what can be changed if the cameras do not fit the reconstructor's.
     """
@@ -38,18 +39,24 @@ class Painter:
     camera_hint: str = ""
 
 
-def _load_sdxl(pretrained, scheduler):
+def _load_sdxl(pretrained, scheduler, **options):
+    if Path(pretrained.model).is_file():
+        raise ValueError(
+            f"config.pretrained.model = {pretrained.model!r} is a file, and the painter 'mv_sdxl' is loaded from a "
+            f"folder: convert it with python -m tools.convert_instant3d {pretrained.model} OUT, and give OUT"
+        )
     return StableDiffusionXLPipeline.from_pretrained(
-        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False
+        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False, **options
     )
 
 
-def _load_mvdream(pretrained, scheduler):
-    return load_mvdream_pipeline(pretrained.model, pretrained.revision, pretrained.tokenizer, scheduler)
+def _load_mvdream(pretrained, scheduler, **options):
+    return load_mvdream_pipeline(pretrained.model, pretrained.revision, pretrained.tokenizer, scheduler, **options)
 
 
 def _make_mv_sdxl(pipeline, cameras, config):
-    return MVSDXL(pipeline, cameras, config.sample.guidance_rescale)
+    blob_std = config.sample.blob_std if config.sample.initial_latents == "gaussian_blob" else None
+    return MVSDXL(pipeline, cameras, config.sample.guidance_rescale, blob_std)
 
 
 def _make_mvdream(pipeline, cameras, config):
@@ -94,21 +101,52 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
     painter = PAINTERS[config.painter.name]
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # of reading files; downloads keep theirs
+    vae = load_vae(config.pretrained.vae) if config.pretrained.vae else None
     try:
         scheduler = load_scheduler(config.pretrained)
         scheduler.set_timesteps(config.sample.num_steps)
         check_scheduler(scheduler)
-        pipeline = painter.load_pipeline(config.pretrained, scheduler)
+        pipeline = painter.load_pipeline(config.pretrained, scheduler, **loading_options(config))
     except OSError as error:
         raise FileNotFoundError(
             f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a diffusers pipeline "
             f"({error}): give a pipeline folder or a hub id"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
+    if vae is not None:
+        replace_vae(pipeline, vae, config.pretrained.vae)
     if config.pretrained.lora:
         fuse_lora(pipeline, config.pretrained.lora)
     policy = painter.make_policy(pipeline, painter_cameras(config.painter), config)
+    policy.decode_batch_size = config.sample.decode_batch_size
     return policy.to(device, config.mixed_precision)
+
+
+def loading_options(config: ConfigDict) -> dict:
+    """How the files of a pipeline are read: {"dtype": {part: type}, "variant": name or None}.
+
+    The weights are read in the type that they will have, which saves memory; but in float32 if a LoRA is added to them
+    first, and the VAE always, because it may have to stay so (`force_upcast`).
+    """
+    dtype = torch.float32 if config.pretrained.lora else DTYPES[config.mixed_precision]
+    return {"dtype": {"default": dtype, "vae": torch.float32}, "variant": weights_variant(config.pretrained)}
+
+
+def weights_variant(pretrained: ConfigDict) -> str | None:
+    """ "fp16" if the UNet of config.pretrained.model exists in half precision only, else None."""
+    model = Path(pretrained.model)
+    plain, half = (f"diffusion_pytorch_model.{kind}safetensors" for kind in ("", "fp16."))
+    if model.is_dir():
+        names = {file.name for file in (model / "unet").glob("*")}
+    elif model.is_file():
+        return None
+    else:
+        try:
+            files = list_repo_files(pretrained.model, revision=pretrained.revision)
+        except Exception:  # no network, no such id: said when the pipeline is loaded, unless that finds it in the cache
+            return None
+        names = {file.removeprefix("unet/") for file in files if file.startswith("unet/")}
+    return "fp16" if half in names and plain not in names else None
 
 
 def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
@@ -116,6 +154,37 @@ def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
     if Path(pretrained.model).is_file():
         return DDIMScheduler(**SCHEDULER)
     return DDIMScheduler.from_pretrained(pretrained.model, revision=pretrained.revision, subfolder="scheduler")
+
+
+def load_vae(source: str) -> AutoencoderKL:
+    """The VAE in a folder, or of a hub id. Raises FileNotFoundError, or ValueError if something else is there."""
+    where = {"pretrained_model_name_or_path": source, "local_files_only": Path(source).is_dir()}
+    try:
+        kind = AutoencoderKL.load_config(**where).get("_class_name", "no model of diffusers")
+        if kind != "AutoencoderKL":
+            raise ValueError(f"config.pretrained.vae = {source!r} holds {kind}: give an AutoencoderKL")
+        return AutoencoderKL.from_pretrained(**where)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"config.pretrained.vae = {source!r} could not be loaded ({' '.join(str(error).split())}): give a folder "
+            f"with a VAE's config.json and weights, a hub id, or '' for the painter's own"
+        ) from error
+
+
+def replace_vae(pipeline, vae: AutoencoderKL, source: str) -> None:
+    """Let `pipeline` decode with another VAE of the same latents. Raises ValueError if they cannot be the same."""
+
+    def latents(vae):
+        # every block but the last halves the image
+        reduction = 2 ** (len(vae.config.block_out_channels) - 1)
+        return f"{vae.config.latent_channels} channels scaled by {vae.config.scaling_factor} at 1/{reduction} size"
+
+    if latents(vae) != latents(pipeline.vae):
+        raise ValueError(
+            f"config.pretrained.vae = {source!r} has latents of {latents(vae)}, but the painter's are of "
+            f"{latents(pipeline.vae)}: give a VAE that was made for this kind of painter, or '' for its own"
+        )
+    pipeline.register_modules(vae=vae)
 
 
 def fuse_lora(pipeline, folder: str | Path) -> None:
@@ -137,9 +206,14 @@ def fuse_lora(pipeline, folder: str | Path) -> None:
 
 
 def make_trainable(policy: MultiViewPolicy, config: ConfigDict) -> None:
-    """Add what a run trains: LoRA matrices whose initial values follow from config.seed, or the whole UNet."""
+    """Add what a run trains: LoRA matrices whose initial values follow from config.seed, or the whole UNet.
+
+    With config.train.gradient_checkpointing the UNet's blocks are computed again in the backward pass instead of kept.
+    """
     torch.manual_seed(config.seed)  # the same on every process
     if config.use_lora:
         policy.add_lora(config.lora.rank, config.lora.targets)
     else:
         policy.train_all()
+    if config.train.gradient_checkpointing:
+        policy.unet.enable_gradient_checkpointing()

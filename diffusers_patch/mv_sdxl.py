@@ -2,13 +2,34 @@
 
 import torch
 
+from diffusers_patch.gaussian_blob import blob_latent, fused_start
 from diffusers_patch.policy import MultiViewPolicy
-
-DECODE_BATCH = 8  # grids decoded at a time: bounds the memory of the VAE
 
 
 class MVSDXL(MultiViewPolicy):
-    """A stock `StableDiffusionXLPipeline` as a multi-view policy. Latents (B, 4, h, w) are those of the whole grid."""
+    """A stock `StableDiffusionXLPipeline` as a multi-view policy. Latents (B, 4, h, w) are those of the whole grid.
+
+    blob_std: start from noise around the blobs of `gaussian_blob(size, blob_std)`; None = from noise alone.
+    """
+
+    def __init__(self, pipeline, cameras, guidance_rescale=0.0, blob_std=None):
+        super().__init__(pipeline, cameras, guidance_rescale)
+        self.blob_std, self._z_blob = blob_std, None
+        size = float(self.image_size)  # original size, crop corner, target size, all of the whole grid
+        self.time_ids = torch.tensor([size, size, 0, 0, size, size])
+
+    def to(self, device, mixed_precision="no"):
+        self._z_blob = None  # encoded again, where and as the VAE is then
+        self.time_ids = self.time_ids.to(device)  # once, not in every step
+        return super().to(device, mixed_precision)
+
+    def initial_latents(self, batch, generator=None):
+        noise = super().initial_latents(batch, generator)
+        if self.blob_std is None:
+            return noise
+        if self._z_blob is None:
+            self._z_blob = blob_latent(self.pipeline.vae, self.image_size, self.blob_std)
+        return fused_start(self.scheduler, self._z_blob, noise)
 
     def _text_encoders(self):
         encoders = (self.pipeline.text_encoder, self.pipeline.text_encoder_2)
@@ -35,9 +56,8 @@ class MVSDXL(MultiViewPolicy):
         return {name: torch.zeros_like(value) for name, value in conditioning.items()}
 
     def _unet(self, unet, latents, timesteps, conditioning):
-        size = self.image_size  # original size, crop corner, target size, all of the whole grid
-        time_ids = torch.tensor([size, size, 0, 0, size, size], device=latents.device, dtype=unet.dtype)
-        added = {"text_embeds": conditioning["pooled"].to(unet.dtype), "time_ids": time_ids.expand(len(latents), 6)}
+        time_ids = self.time_ids.to(latents.device, unet.dtype).expand(len(latents), 6)
+        added = {"text_embeds": conditioning["pooled"].to(unet.dtype), "time_ids": time_ids}
         embeds = conditioning["prompt_embeds"].to(unet.dtype)
         return unet(latents.to(unet.dtype), timesteps, embeds, added_cond_kwargs=added).sample
 
@@ -45,7 +65,7 @@ class MVSDXL(MultiViewPolicy):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1], reading order of the grid."""
         vae = self.pipeline.vae
-        parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(DECODE_BATCH)
+        parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(self.decode_batch_size)
         grids = torch.cat([vae.decode(part).sample.float() for part in parts])
         return split_grid((grids / 2 + 0.5).clamp(0, 1))
 

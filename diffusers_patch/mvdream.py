@@ -15,7 +15,6 @@ from diffusers_patch.policy import MultiViewPolicy
 from recon.weights import check_weights
 
 VIEWS = 4
-DECODE_BATCH = 8  # samples decoded at a time: bounds the memory of the VAE
 PREFIX = "model.diffusion_model."
 CAMERA_NUMBERS = 16  # a camera-to-world matrix
 UNET_CONFIG = {
@@ -140,8 +139,12 @@ class MVDream(MultiViewPolicy):
 
     def __init__(self, pipeline, cameras, camera_vectors, guidance_rescale=0.0, negative_prompt=""):
         super().__init__(pipeline, cameras, guidance_rescale)
-        self.camera_vectors, self.negative_prompt, self._negative = camera_vectors, negative_prompt, None
+        self.camera_vectors, self.negative_prompt = camera_vectors, negative_prompt
         self._set_attention(self.unet, None)
+
+    def to(self, device, mixed_precision="no"):
+        self.camera_vectors = self.camera_vectors.to(device)  # once, not in every step
+        return super().to(device, mixed_precision)
 
     def _text_encoders(self):
         return [self.pipeline.text_encoder]
@@ -160,11 +163,13 @@ class MVDream(MultiViewPolicy):
         )
         return {"prompt_embeds": embeds}
 
+    def encode(self, prompts):
+        self._encode_new([*prompts, self.negative_prompt])  # together, for both branches need the text encoder
+        return super().encode(prompts)
+
     def _unconditional(self, conditioning):
-        if self._negative is None:
-            with torch.no_grad():
-                self._negative = self._encode([self.negative_prompt])["prompt_embeds"]
-        return {"prompt_embeds": self._negative.expand_as(conditioning["prompt_embeds"])}
+        negative = super().encode([self.negative_prompt])["prompt_embeds"]
+        return {"prompt_embeds": negative.expand_as(conditioning["prompt_embeds"])}
 
     def _unet(self, unet, latents, timesteps, conditioning):
         B = len(latents)
@@ -179,6 +184,6 @@ class MVDream(MultiViewPolicy):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1]."""
         vae = self.pipeline.vae
-        parts = (latents.flatten(0, 1) / vae.config.scaling_factor).to(vae.dtype).split(VIEWS * DECODE_BATCH)
+        parts = (latents.flatten(0, 1) / vae.config.scaling_factor).to(vae.dtype).split(VIEWS * self.decode_batch_size)
         images = torch.cat([vae.decode(part).sample.float() for part in parts])
         return (images / 2 + 0.5).clamp(0, 1).unflatten(0, (len(latents), VIEWS))

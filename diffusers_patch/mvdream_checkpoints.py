@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, convert_open_clip_checkpoint
 from huggingface_hub import hf_hub_download
@@ -51,6 +52,8 @@ def load_mvdream_pipeline(
     revision: str | None = None,
     tokenizer: str = "",
     scheduler: DDIMScheduler | None = None,
+    dtype: dict[str, torch.dtype] | None = None,
+    variant: str | None = None,
     **ldm_configs,
 ) -> StableDiffusionPipeline:
     """MVDream as a stock `StableDiffusionPipeline`; nothing is fetched for a local path.
@@ -58,6 +61,7 @@ def load_mvdream_pipeline(
     source: a folder or hub id, of a stock pipeline or in the layout of ashawkey/mvdream-sd2.1-diffusers, or the
         original (ldm) file sd-v2.1-base-4view.pt.
     tokenizer: folder of CLIP's tokenizer, for an ldm file only, which has none.
+    dtype, variant: as in diffusers, for a stock pipeline only; the other layouts are read as they are.
     ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
     Raises FileNotFoundError or ValueError with one sentence.
     """
@@ -72,7 +76,13 @@ def load_mvdream_pipeline(
     scheduler = scheduler or DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
     if unet["_class_name"] == "UNet2DConditionModel":
         return StableDiffusionPipeline.from_pretrained(
-            **where, scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+            **where,
+            scheduler=scheduler,
+            dtype=dtype,
+            variant=variant,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
         )
     return _assemble(
         convert_mvdream_unet(_unet_weights(source, revision), **stock_unet_config(unet)),

@@ -18,6 +18,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from recon.precision import without_tf32
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {
@@ -57,6 +59,7 @@ class MultiViewPolicy:
         self.pipeline, self.cameras, self.guidance_rescale = pipeline, cameras, guidance_rescale
         self.unet, self.scheduler = pipeline.unet, pipeline.scheduler
         self.reference_unet, self.autocast_dtype = None, None
+        self.decode_batch_size = 8
         self._embeddings = {}
         for model in (self.unet, pipeline.vae, *self._text_encoders()):
             model.requires_grad_(False).eval()
@@ -68,14 +71,17 @@ class MultiViewPolicy:
     def to(self, device: torch.device | str, mixed_precision: str = "no") -> "MultiViewPolicy":
         """Move everything to `device`; the frozen weights take the type of `mixed_precision` ("no", "fp16", "bf16").
 
-        The VAE stays in float32 where its config says that it overflows in half precision (`force_upcast`)."""
+        The VAE stays in float32 where its config says that it overflows in half precision (`force_upcast`). The text
+        encoders wait on the CPU until `encode` needs them."""
         dtype = DTYPES[mixed_precision]
         self.autocast_dtype = None if dtype == torch.float32 else dtype
         vae = self.pipeline.vae
-        for model in (self.unet, vae, *self._text_encoders()):
-            keep = model is vae and vae.config.force_upcast
-            # torch's `to`: that of diffusers warns of modules to be kept in float32 even where there are none
-            torch.nn.Module.to(model, device, torch.float32 if keep else dtype)
+        # torch's `to`: that of diffusers warns of modules to be kept in float32 even where there are none
+        torch.nn.Module.to(self.unet, device, dtype)
+        torch.nn.Module.to(vae, device, torch.float32 if vae.config.force_upcast else dtype)
+        for encoder in self._text_encoders():
+            torch.nn.Module.to(encoder, "cpu", dtype)
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)  # else copied in the first step
         if torch.device(device).type == "cpu":
             # the backward pass of fused attention is slower on CPUs than plain matrix products
             self._set_attention(self.unet, AttnProcessor())
@@ -144,27 +150,39 @@ class MultiViewPolicy:
         if not file.is_file():
             raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that a run wrote")
         state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
-        problems = set_peft_model_state_dict(self.unet, state)
-        missing = [name for name in problems.missing_keys if "lora_" in name]
-        if missing or problems.unexpected_keys:
+        wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(self.unet).items()}
+        found = {name: tuple(value.shape) for name, value in state.items()}
+        unfit = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
+        if unfit:  # asked first, because peft would load the others and leave these as they were
             raise ValueError(
-                f"{file} does not fit this model's LoRA ({len(missing)} weights missing, "
-                f"{len(problems.unexpected_keys)} unknown): config.lora must be that of the run that "
-                f"saved it"
+                f"{file} does not fit this model's LoRA: {len(unfit)} weights differ, such as {unfit[0]} with "
+                f"{found.get(unfit[0], 'nothing')} instead of {wanted.get(unfit[0], 'nothing')}; config.lora.*, "
+                f"config.painter.name and config.pretrained.model must be those of the run that saved it"
             )
+        set_peft_model_state_dict(self.unet, state)
 
     # -- acting -----------------------------------------------------------------------------------------------------
 
     def encode(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         """Conditioning of B prompts: a dict of (B, ...) tensors. Each distinct prompt is encoded once in a run.
 
-        One at a time: rounding would depend on the other prompts of a batch, and a resumed run sees other batches."""
-        for prompt in prompts:
-            if prompt not in self._embeddings:
-                with torch.no_grad():
-                    self._embeddings[prompt] = self._encode([prompt])
+        One at a time: rounding would depend on the other prompts of a batch, and a resumed run sees other batches.
+        For new prompts the text encoders visit the GPU, so encode all prompts of a run at once."""
+        self._encode_new(prompts)
         rows = [self._embeddings[prompt] for prompt in prompts]
         return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
+
+    @torch.no_grad()
+    def _encode_new(self, prompts):
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._embeddings]
+        if not new:
+            return
+        for encoder in self._text_encoders():
+            torch.nn.Module.to(encoder, self.device)
+        for prompt in new:
+            self._embeddings[prompt] = self._encode([prompt])
+        for encoder in self._text_encoders():
+            torch.nn.Module.to(encoder, "cpu")
 
     def initial_latents(
         self, batch: int, generator: torch.Generator | list[torch.Generator] | None = None
@@ -218,14 +236,15 @@ class MultiViewPolicy:
 
     @contextlib.contextmanager
     def full_precision(self):
-        """Inside, the UNet computes in float32 (its frozen weights keep their rounded values)."""
+        """Inside, the UNet computes in float32, TF32 excluded (its frozen weights keep their rounded values)."""
         kept, self.autocast_dtype = self.autocast_dtype, None
         frozen = [p for p in self.unet.parameters() if not p.requires_grad]
         types = [p.dtype for p in frozen]
         for p in frozen:
             p.data = p.data.float()
         try:
-            yield
+            with without_tf32():
+                yield
         finally:
             for p, dtype in zip(frozen, types, strict=True):
                 p.data = p.data.to(dtype)

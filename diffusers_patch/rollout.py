@@ -5,9 +5,10 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from tqdm import tqdm
 
-from diffusers_patch.ddim_with_logprob import analytic_kl, check_scheduler, ddim_mean_std, draw, gaussian_log_prob
+from diffusers_patch.ddim_with_logprob import analytic_kl, check_scheduler, ddim_mean_std, gaussian_log_prob
 from diffusers_patch.policy import MultiViewPolicy
 
 
@@ -42,6 +43,26 @@ class Trajectory:
         """T, what the scheduler's `set_timesteps` was called with."""
         return self.timesteps.shape[1]
 
+    def to(self, device: torch.device | str) -> "Trajectory":
+        """The same on another device. To a GPU the copies do not wait for it (from memory that `pin` has pinned)."""
+        return self._map(lambda value: value.to(device, non_blocking=torch.device(device).type == "cuda"))
+
+    def pin(self) -> "Trajectory":
+        """The same in pinned memory, if there is a GPU to copy it to."""
+        return self._map(torch.Tensor.pin_memory) if torch.cuda.is_available() else self
+
+    def take(self, index: torch.Tensor) -> "Trajectory":
+        """The samples `index` (b,), on the trajectory's device."""
+        return self._map(lambda value: value[index])
+
+    def _map(self, function):
+        def apply(value):
+            if isinstance(value, dict):
+                return {name: apply(one) for name, one in value.items()}
+            return None if value is None else function(value)
+
+        return Trajectory(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
+
     def kl(self, estimator: str = "log_ratio", skip_last: int = 0) -> torch.Tensor | None:
         """KL to the base model (B,), nats per dimension, mean over steps; None if the reference was not scored.
 
@@ -54,9 +75,10 @@ class Trajectory:
         per_step = self.kl_analytic if estimator == "analytic" else self.log_probs - self.log_probs_reference
         return per_step[:, : self.num_steps - skip_last].mean(1)
 
-    def transitions(self, index: torch.Tensor, steps: torch.Tensor) -> Transitions:
-        """The steps `steps` (b, k) of the samples `index` (b,): b*k rows, all of one sample together."""
-        row, column = index[:, None].expand_as(steps).flatten(), steps.flatten()
+    def transitions(self, steps: torch.Tensor) -> Transitions:
+        """The steps `steps` (B, k) of each sample: B*k rows, all of one sample together."""
+        row = torch.arange(len(self), device=steps.device)[:, None].expand_as(steps).flatten()
+        column = steps.flatten()
         reference = self.log_probs_reference
         return Transitions(
             latents=self.latents[row, column],
@@ -98,17 +120,21 @@ def rollout(
     generator: one, or a list of B (one per sample, so that a sample does not depend on its batch). First the initial
         latents are drawn (unless `latents` (B, ...) are given), then one noise per step.
     score_reference: also score every transition under the base model.
+
+    The denoising loop itself neither reads anything back from a GPU nor copies anything to it.
     """
     scheduler = policy.scheduler
     scheduler.set_timesteps(num_steps, device=policy.device)
     check_scheduler(scheduler)
     conditioning = policy.encode(prompts)
     x = policy.initial_latents(len(prompts), generator) if latents is None else latents
+    noises = draw_noise(num_steps, x, generator)
     chain, log_probs, log_probs_reference, kl = [x], [], [], []
-    for t in tqdm(scheduler.timesteps, desc="steps", leave=False, disable=not show_progress):
+    steps = zip(scheduler.timesteps, noises, strict=True)
+    for t, noise in tqdm(steps, desc="steps", total=num_steps, leave=False, disable=not show_progress):
         t = t.expand(len(prompts))
         mean, std = ddim_mean_std(scheduler, policy.predict(x, t, conditioning, guidance_scale), t, x, eta)
-        x_prev = draw(mean, std, generator, dtype=x.dtype)
+        x_prev = (mean + std * noise).to(x.dtype)  # rounded before it is scored
         log_probs.append(gaussian_log_prob(x_prev, mean, std))
         if score_reference:
             output = policy.predict(x, t, conditioning, guidance_scale, reference=True)
@@ -126,3 +152,16 @@ def rollout(
         conditioning=conditioning,
         views=policy.decode(x),
     )
+
+
+def draw_noise(
+    num_steps: int, latents: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None
+) -> torch.Tensor:
+    """The noises of a chain that starts at `latents` (B, ...): (num_steps, B, ...) float32 on the latents' device.
+
+    Drawn one after another, as a loop over the steps would draw them, but copied to a GPU at once.
+    """
+    generators = generator if isinstance(generator, list) else [generator]
+    source = latents.device if generators[0] is None else generators[0].device
+    noises = [randn_tensor(latents.shape, generator, source, torch.float32) for _ in range(num_steps)]
+    return torch.stack(noises).to(latents.device)

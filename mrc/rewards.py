@@ -28,7 +28,8 @@ class ImageResult:
 
 
 def load_mrc(config: ConfigDict, device: torch.device | str) -> MRC:
-    """The judge that config.recon and config.mrc describe."""
+    """The judge that config.recon and config.mrc describe, on config.recon.device or else on `device`."""
+    device = config.recon.device or device
     return MRC(
         load_reconstructor(config.recon, device),
         LPIPS(config.mrc.lpips_checkpoint).to(device),
@@ -43,7 +44,7 @@ def _mrc_reward(config, device):
     # first, because a missing rembg should be noticed before weights are read
     on_white = background_remover() if config.recon.remove_background else lambda views: views
     judge = load_mrc(config, device)
-    return lambda views, prompts: judge(on_white(views))
+    return lambda views, prompts: judge(on_white(views).to(judge.reconstructor.device))
 
 
 def _image_reward(score):

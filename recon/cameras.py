@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from recon.precision import without_tf32
+
 
 @dataclass(frozen=True)
 class Cameras:
@@ -131,14 +133,19 @@ def mvdream_camera_vectors(cameras: Cameras) -> torch.Tensor:
     return torch.cat([torch.cat([c2w[..., :3, :3], position], -1), c2w[..., 3:, :]], -2).flatten(-2)
 
 
-LGM_AXES = [1, 2, 0]  # LGM's x, y (up), z among ours: its first camera looks from +z, ours at azimuth 0 from +x
-OUR_AXES = [2, 0, 1]
+def _to_lgm_axes(vectors):
+    """Ours (..., 3) -> LGM's, whose x, y (up), z are our y, z, x: its first camera looks from +z, ours from +x."""
+    return vectors.roll(-1, -1)
+
+
+def _from_lgm_axes(vectors):
+    return vectors.roll(1, -1)
 
 
 def lgm_pluecker(cameras: Cameras, size: int) -> torch.Tensor:
     """LGM's input of `cameras` (..., V): the Pluecker coordinates (o x d, d) of every pixel's ray in LGM's axes,
     (..., V, 6, size, size)."""
-    origin, direction = (x[..., LGM_AXES] for x in rays(cameras, size))
+    origin, direction = (_to_lgm_axes(x) for x in rays(cameras, size))
     moment = torch.linalg.cross(origin, direction, dim=-1)
     return torch.cat([moment, direction], -1).transpose(-1, -2).unflatten(-1, (size, size))
 
@@ -148,7 +155,7 @@ def from_lgm_axes(positions: torch.Tensor, quaternions: torch.Tensor) -> tuple[t
     w, x, y, z = quaternions.unbind(-1)
     # times (1 + i + j + k) / 2, the rotation that takes LGM's x, y, z to our y, z, x
     rotated = torch.stack([w - x - y - z, w + x + z - y, w + y + x - z, w + z + y - x], -1) / 2
-    return positions[..., OUR_AXES], rotated
+    return _from_lgm_axes(positions), rotated
 
 
 def openlrm_source_vectors(cameras: Cameras) -> torch.Tensor:
@@ -164,6 +171,7 @@ def cameras_of_openlrm(vectors: torch.Tensor) -> Cameras:
     return Cameras(flip_axes(vectors[..., :16].unflatten(-1, (4, 4))), intrinsics[..., [0, 4, 2, 5]])
 
 
+@without_tf32()
 def openlrm_canonical_transform(source: Cameras, distance: float | None = None) -> torch.Tensor:
     """Rigid transforms (..., 1, 4, 4) from the common world to the one that OpenLRM reconstructs from a view of the
     camera `source` (..., 1), where that camera stands at (0, -distance, 0) and looks along +y with z up.
@@ -177,6 +185,7 @@ def openlrm_canonical_transform(source: Cameras, distance: float | None = None) 
     return canonical @ torch.linalg.inv(source.c2w)
 
 
+@without_tf32()
 def openlrm_canonical_cameras(cameras: Cameras, source: Cameras, distance: float | None = None) -> Cameras:
     """`cameras` (..., V) moved rigidly by the `openlrm_canonical_transform` of `source` (..., 1)."""
     c2w = openlrm_canonical_transform(source, distance) @ cameras.c2w
@@ -195,6 +204,7 @@ def grid_directions(cameras: Cameras, pixel: torch.Tensor) -> torch.Tensor:
     return direction @ cameras.c2w[..., :3, :3].transpose(-1, -2)
 
 
+@without_tf32()
 def rays(cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Rays through the pixel centres of square images, row by row.
 
@@ -204,6 +214,7 @@ def rays(cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     return cameras.c2w[..., None, :3, 3].expand_as(direction), direction
 
 
+@without_tf32()
 def project(points: torch.Tensor, cameras: Cameras) -> tuple[torch.Tensor, torch.Tensor]:
     """Project world points (..., N, 3) into every camera: image coordinates (..., V, N, 2), in [0, 1] inside the image
     (x right, y down), and z-depths (..., V, N)."""

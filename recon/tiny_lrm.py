@@ -30,7 +30,8 @@ from recon.weights import check_weights, read_weights
 
 RECONSTRUCT_BATCH = 8  # objects reconstructed at a time, which bounds the memory
 SAMPLES = 48  # depths per ray inside the object's bounding box
-POINTS = 4096  # points of an object decoded at a time, so that their activations stay in the processor cache
+CPU_POINTS = 4096  # points of an object decoded at a time, so that their activations stay in the processor cache
+GPU_POINTS = 2**18  # and on a GPU, which wants few large pieces of work
 OCCUPANCY = 24  # cells per side of the occupancy grid
 OCCUPIED = 0.01  # optical thickness above which a cell is rendered
 
@@ -141,7 +142,7 @@ class TinyLRM(Reconstructor):
 
     def field(self, planes: torch.Tensor) -> RadianceField:
         """The radiance field of planes (B, 3, C, H, W)."""
-        return triplane_field(planes, self.decoder, POINTS)
+        return triplane_field(planes, self.decoder, GPU_POINTS if planes.is_cuda else CPU_POINTS)
 
     def radiance_field(self, scene: Triplane) -> RadianceField:
         """The radiance field of a scene, see `Reconstructor`. Raises ValueError if there is more than one object."""

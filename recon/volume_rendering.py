@@ -40,7 +40,8 @@ class Triplane:
 def sample_planes(planes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Bilinear features (B, P, 3 C) of points (B, P, 3) in planes (B, 3, C, H, W), zero outside the box."""
     B, _, C, _, _ = planes.shape
-    pairs = torch.stack([points[..., [0, 1]], points[..., [0, 2]], points[..., [2, 1]]], dim=1)
+    # slices: a list of indices would be copied to the GPU in every call
+    pairs = torch.stack([points[..., :2], points[..., ::2], points[..., 1:].flip(-1)], dim=1)
     features = F.grid_sample(planes.flatten(0, 1), pairs.flatten(0, 1)[:, None], align_corners=False)
     return features.reshape(B, 3 * C, -1).transpose(1, 2)
 
@@ -268,7 +269,7 @@ def render_occupied(
     for first in range(0, samples, FRONT):  # front to back: what lies behind opaque matter is invisible
         part = slice(first, first + FRONT)
         inside[:, part] &= (optical < OPAQUE)[:, None]
-        visible = inside[:, part]
+        visible = inside[:, part].nonzero(as_tuple=True)  # once: the GPU is waited for to know how many there are
         found, shade = field(points[:, part][visible][None])
         density[:, part][visible], colour[:, part][visible] = found[0], shade[0]
         optical = optical + density[:, part].sum(1) * (far - near)[ray] / samples

@@ -53,3 +53,24 @@ def test_bad_values_are_refused_before_any_tracker_changes():
     with pytest.raises(ValueError, match="rewards has shape"):
         compute_advantages([1.0], ["a", "b"], [0.0, 1.0], *trackers)
     assert not any(tracker.get_stats() for tracker in trackers)
+
+
+def test_an_empty_sample_gets_the_worst_advantage_and_spoils_no_statistics():
+    prompts, rewards = ["a", "a", "a", "b"], np.array([-0.1, -0.2, -1.0, -0.3], np.float32)
+    empty = [False, False, True, False]
+    tracker, without = PerPromptStatTracker(8, 1), PerPromptStatTracker(8, 1)
+    result = compute_advantages(rewards, prompts, reward_tracker=tracker, empty=empty, worst=-3.0)
+    expected = without.update(["a", "a", "b"], rewards[[0, 1, 3]])
+    assert result.advantages.tolist() == [*expected[:2], -3.0, expected[2]]
+    assert tracker.get_stats() == without.get_stats() and tracker.get_stats()["a"]["count"] == 2
+    published = compute_advantages(rewards, prompts, reward_tracker=PerPromptStatTracker(8, 1))
+    assert np.ptp(published.advantages[:2]) < 0.3 * np.ptp(result.advantages[:2])  # what one empty sample did to "a"
+    batch = compute_advantages(rewards, prompts, empty=empty, worst=-3.0).advantages
+    assert batch[2] == -3.0 and batch[[0, 1, 3]].mean() == pytest.approx(0, abs=1e-6)
+    assert compute_advantages(rewards, prompts, empty=[True] * 4, worst=-3.0).advantages.tolist() == [-3.0] * 4
+
+
+def test_an_empty_sample_still_pays_for_its_kl():
+    kl = np.array([0.0, 2.0], np.float32)
+    result = compute_advantages([-0.1, -1.0], ["a", "b"], kl, kl_normalized_coeff=0.5, empty=[False, True], worst=-3.0)
+    assert result.advantages.tolist() == [0.0, -4.0]

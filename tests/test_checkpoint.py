@@ -134,8 +134,9 @@ def test_resuming_from_an_older_one_drops_later_metrics_and_validations(tmp_path
     log = RunLog(tmp_path, main_process, config)
     for epoch in (0, 2, 4):
         scores = {"reward": np.full(2, -epoch / 10), "foreground": np.ones((2, 4)), "empty": np.zeros((2, 4))}
+        log.validation_images(epoch, [0, 1], {"views": torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8)})
         log.validation(epoch, scores, ["a cube", "a cone"])
     log = RunLog(tmp_path, main_process, config)
     log.resume(epochs_done=2)
     assert [line["epoch"] for line in log.lines] == [0]
-    assert [file.name for file in (tmp_path / "validation").iterdir()] == ["epoch_0000.npz"]
+    assert [file.name for file in (tmp_path / "validation").iterdir()] == ["epoch_0000"]

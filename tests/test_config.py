@@ -57,6 +57,7 @@ def parse(*arguments):
         "config/tiny.py:mvdream",
         "config/dgx.py",
         "config/dgx.py:carve3d_train",
+        "config/dgx.py:instant3d_grm",
         "config/dgx.py:mvdream_lgm",
     ],
 )
@@ -78,6 +79,16 @@ def test_flags_reach_a_sweep():
     config = parse("--config", f"{ROOT}/config/dgx.py:data_size(10)")
     assert config.prompts.num_train == 10
     assert (config.per_prompt_stat_tracking.min_count, config.per_prompt_stat_tracking.buffer_size) == (76, 228)
+
+
+@pytest.mark.parametrize("run", ["instant3d_grm", "mvdream_lgm"])
+def test_runs_for_smaller_gpus(run):
+    large, small = dgx.get_config(run), dgx.get_config(f"{run}(24)")
+    assert not large.train.gradient_checkpointing and small.train.gradient_checkpointing
+    assert small.sample.batch_size < large.sample.batch_size and small.sample.decode_batch_size == 1
+    validate(complete(small), 1, "cuda", check_files=False)
+    with pytest.raises(ValueError, match="12 GB are too few"):
+        dgx.get_config(f"{run}(12)")
 
 
 @pytest.mark.parametrize("name", ["carve3d", "", "data_size(10", "get_config", "__import__('os')"])
@@ -176,6 +187,7 @@ def test_published_machine_gives_published_numbers():
         ("multi_round(3)", 3),
         ("batch_size(768)", 1),
         ("kl_coefficient(0)", 1),
+        ("instant3d_grm", 1),
     ],
 )
 def test_totals_do_not_depend_on_the_number_of_processes(processes, run, updates):
@@ -286,9 +298,16 @@ def test_the_advised_fraction_is_enough():
     assert trained_steps(validate(config, 1, check_files=False)) == 1
 
 
-def test_keys_of_one_reconstructor_are_refused_for_others():
+def test_keys_that_only_some_models_read_are_refused_for_others():
     refused("config.recon.input_views is 1, which only the reconstructor 'openlrm'", recon__input_views=1)
+    refused(
+        "initial_latents is 'gaussian_blob', which only the painter 'mv_sdxl' can follow",
+        config=tiny.get_config("mvdream"),
+        sample__initial_latents="gaussian_blob",
+    )
+    refused("config.sample.blob_std is 0.2, but config.sample.initial_latents is 'noise'", sample__blob_std=0.2)
     config = tiny.get_config()
+    config.sample.initial_latents, config.sample.blob_std = "gaussian_blob", 0.2
     config.recon.name, config.recon.input_views = "openlrm", 1
     validate(config, 1, check_files=False)
 
@@ -355,6 +374,12 @@ def test_missing_files_are_named(tmp_path):
         validate(config, 1)
     config.recon.checkpoint = str(file)
     validate(config, 1)
+    config.pretrained.vae = "someone/vae"
+    validate(config, 1)
+    config.pretrained.vae = "vae.safetensors"
+    with pytest.raises(FileNotFoundError, match="config.pretrained.vae is 'vae.safetensors', which does not exist"):
+        validate(config, 1)
+    config.pretrained.vae = ""
     config.pretrained.model = "tiny/nothing"  # looks like a hub id, but its first part is a folder of the repository
     with pytest.raises(FileNotFoundError, match="config.pretrained.model"):
         validate(config, 1)

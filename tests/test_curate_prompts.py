@@ -1,6 +1,8 @@
 """Choosing the training prompts: the ranking, and a curation that can be interrupted."""
 
 import csv
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -8,13 +10,17 @@ import pytest
 from config import base
 from prompts.dataset import load_prompts
 from tools import curate_prompts
-from tools.curate_prompts import score_all, write_ranking
+from tools.curate_prompts import Scores, score_all, write_ranking
 
 REWARDS = {"a cup": [-0.1, -0.2], "a hat": [-0.5, -0.4], "a dog": [-0.3, -0.3]}
 
 
+def scores(prompt):
+    return Scores(REWARDS[prompt], [False, False])
+
+
 def test_ranking_keeps_the_lowest_mean(tmp_path):
-    results = score_all(list(REWARDS), lambda index, prompt: REWARDS[prompt], tmp_path / "r.jsonl", {"seed": 1})
+    results = score_all(list(REWARDS), lambda index, prompt: scores(prompt), tmp_path / "r", {"seed": 1})
     assert write_ranking(results, tmp_path, keep=2) == ["a hat", "a dog"]
     assert (tmp_path / "kept.txt").read_text() == "a hat\na dog\n"
     rows = list(csv.DictReader((tmp_path / "ranking.csv").open()))
@@ -25,32 +31,33 @@ def test_ranking_keeps_the_lowest_mean(tmp_path):
 
 
 def test_an_interrupted_curation_resumes(tmp_path):
-    file, calls = tmp_path / "r.jsonl", []
+    folder, calls = tmp_path / "r", []
+    file = folder / "results_000.jsonl"
 
     def score(index, prompt):
         if prompt == "a dog" and not calls.count("a dog"):
             calls.append(prompt)
             raise KeyboardInterrupt
         calls.append(prompt)
-        return REWARDS[prompt]
+        return scores(prompt)
 
     with pytest.raises(KeyboardInterrupt):
-        score_all(list(REWARDS), score, file, {"seed": 1})
+        score_all(list(REWARDS), score, folder, {"seed": 1})
     with file.open("a") as half:
         half.write('{"prompt": "a do')  # killed while writing
-    assert score_all(list(REWARDS), score, file, {"seed": 1}) == REWARDS
+    assert score_all(list(REWARDS), score, folder, {"seed": 1}) == {prompt: scores(prompt) for prompt in REWARDS}
     assert calls == ["a cup", "a hat", "a dog", "a dog"]
     assert len(file.read_text().splitlines()) == 4
 
 
 def test_results_of_other_settings_and_damaged_ones_are_refused(tmp_path):
-    file = tmp_path / "r.jsonl"
-    score_all(["a cup"], lambda index, prompt: [0.0], file, {"seed": 1, "steps": 8})
+    file = tmp_path / "results_000.jsonl"
+    score_all(["a cup"], lambda index, prompt: Scores([0.0], [False]), tmp_path, {"seed": 1, "steps": 8})
     with pytest.raises(ValueError, match="other settings .seed.: remove it"):
-        score_all(["a cup"], lambda index, prompt: [0.0], file, {"seed": 2, "steps": 8})
+        score_all(["a cup"], lambda index, prompt: Scores([0.0], [False]), tmp_path, {"seed": 2, "steps": 8})
     file.write_text("nonsense\n")
     with pytest.raises(ValueError, match="is damaged"):
-        score_all(["a cup"], lambda index, prompt: [0.0], file, {"seed": 1})
+        score_all(["a cup"], lambda index, prompt: Scores([0.0], [False]), tmp_path, {"seed": 1})
 
 
 def test_the_command_trains_on_what_it_kept(tmp_path, monkeypatch):
@@ -58,7 +65,9 @@ def test_the_command_trains_on_what_it_kept(tmp_path, monkeypatch):
     candidates.write_text("".join(f"{prompt}\n" for prompt in REWARDS))
     config = base.get_config()
     config.pretrained.model, config.reward_fn, config.mixed_precision = "someone/painter", "jpeg_compressibility", "no"
-    monkeypatch.setattr(curate_prompts, "painter_score", lambda config, samples: lambda index, prompt: REWARDS[prompt])
+    monkeypatch.setattr(
+        curate_prompts, "painter_score", lambda config, samples, device: lambda index, prompt: scores(prompt)
+    )
     out = tmp_path / "curated"
     curate_prompts.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=2, keep=1))
     assert load_prompts(out / "kept.txt") == ["a hat"]
@@ -68,4 +77,33 @@ def test_the_command_trains_on_what_it_kept(tmp_path, monkeypatch):
 
 def test_unrankable_rewards_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cannot be ranked"):
-        score_all(["a cup"], lambda index, prompt: [float("nan")], tmp_path / "r.jsonl", {})
+        score_all(["a cup"], lambda index, prompt: Scores([float("nan")], [False]), tmp_path, {})
+
+
+def test_samples_that_show_nothing_do_not_count(tmp_path):
+    results = {
+        "a cup": Scores([-0.3, -1.0], [False, True]),
+        "a hat": Scores([-0.4, -0.4], [False, False]),
+        "a dog": Scores([-1.0, -1.0], [True, True]),
+    }
+    assert write_ranking(results, tmp_path, keep=2) == ["a hat", "a cup"]  # by -1.0 the dog and the cup would be kept
+    rows = {row["prompt"]: row for row in csv.DictReader((tmp_path / "ranking.csv").open())}
+    assert [rows[prompt]["empty"] for prompt in results] == ["1", "0", "2"]
+    assert float(rows["a cup"]["mean_reward"]) == pytest.approx(-0.3) and rows["a dog"]["rank"] == "3"
+
+
+def test_processes_share_the_prompts(tmp_path):
+    """Two threads in place of two processes."""
+    calls, barrier = {0: [], 1: []}, threading.Barrier(2)
+
+    def run(process):
+        def score(index, prompt):
+            calls[process].append(prompt)
+            return scores(prompt)
+
+        return score_all(list(REWARDS), score, tmp_path, {"seed": 1}, process, 2, barrier.wait)
+
+    with ThreadPoolExecutor() as pool:
+        results = list(pool.map(run, (0, 1)))
+    assert results[0] == results[1] == {prompt: scores(prompt) for prompt in REWARDS}
+    assert calls == {0: ["a cup", "a dog"], 1: ["a hat"]}

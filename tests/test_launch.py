@@ -46,7 +46,7 @@ def test_no_argument_runs_the_small_world_on_the_cpu(run):
     code, command, _ = run(cores=8)
     assert code == 0 and command.startswith("OMP_NUM_THREADS=4 ")
     assert command.endswith(
-        "torch.distributed.run --standalone --nproc_per_node 2 carve3d_train.py --config config/tiny.py"
+        "torch.distributed.run --nproc_per_node 2 --standalone carve3d_train.py --config config/tiny.py"
     )
     assert "--nproc_per_node 1 " in run(cores=1)[1]
 
@@ -60,10 +60,17 @@ def test_number_of_processes_and_threads_can_be_set(run):
 
 
 def test_gpus_are_counted(run):
-    assert "accelerate.commands.launch --num_machines 1 --num_processes 1 " in run(gpus=1)[1]
-    assert "--multi_gpu --num_machines 1 --num_processes 4 " in run(gpus=6)[1]  # 64 samples need an even share
+    assert "--nproc_per_node 1 " in run(gpus=1)[1]
+    assert "--nproc_per_node 4 " in run(gpus=6)[1]  # 64 samples need an even share
     command = run("1", gpus=6)[1]
-    assert "--num_processes 6 " in command and command.endswith("--config config/dgx.py:carve3d_train")
+    assert "--nproc_per_node 6 " in command and command.endswith("--config config/dgx.py:carve3d_train")
+
+
+@pytest.mark.parametrize("flags", [["--config", "config/dgx.py:mvdream_lgm"], ["--config=config/dgx.py:mvdream_lgm"]])
+def test_only_the_small_world_leaves_gpus_idle(run, flags):
+    command = run("--config.seed=1", *flags, gpus=6)[1]
+    assert "--nproc_per_node 6 " in command and "tiny" not in command
+    assert "--nproc_per_node 4 " in run("--config.seed=1", "--config", "config/tiny.py:mvdream", gpus=6)[1]
 
 
 def test_cluster_form(run):
@@ -71,11 +78,11 @@ def test_cluster_form(run):
     code, command, _ = run("6", "--config.seed=1", gpus=8, **cluster)
     assert code == 0
     for part in (
-        "--num_machines 6",
-        "--num_processes 48",
-        "--machine_rank 3",
-        "--main_process_ip node0",
-        "--main_process_port 29500",
+        "--nproc_per_node 8",
+        "--nnodes 6",
+        "--node_rank 3",
+        "--master_addr node0",
+        "--master_port 29500",
         "--config config/dgx.py:carve3d_train --config.seed=1",
     ):
         assert part in command

@@ -100,7 +100,7 @@ def golden_policy():
         cameras,
         mvdream_camera_vectors(cameras),
     )
-    policy._negative = data["in/uncond_context"][:1]
+    policy._embeddings[""] = {"prompt_embeds": data["in/uncond_context"][:1]}
     return policy, data
 
 

@@ -4,12 +4,16 @@ import copy
 
 import pytest
 import torch
+from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
+from config import base
+from diffusers_patch.loading import load_painter, weights_variant
 from diffusers_patch.mv_sdxl import split_grid
-from diffusers_patch.rollout import rollout
+from diffusers_patch.policy import DTYPES
+from diffusers_patch.rollout import Trajectory, draw_noise, rollout
 from mrc.sanity_rewards import tile_views
-from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy
+from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, make_world, settings
 
 TENSORS = load_file(GOLDEN / "sdxl_rollout.safetensors")
 PROMPTS = GOLDEN_CONFIG["prompts"]
@@ -159,3 +163,80 @@ def test_schedulers_without_a_density_are_refused():
     policy.scheduler.register_to_config(steps_offset=0)
     with pytest.raises(ValueError, match="steps_offset = 1"):
         rollout(policy, PROMPTS, 3, 5.0)
+
+
+def test_a_trajectory_in_parts():
+    policy = golden_policy()
+    policy.add_lora(rank=4)
+    whole = rollout(policy, PROMPTS, 3, 5.0, generator=torch.Generator().manual_seed(0), score_reference=True)
+    parts = [whole.take(torch.tensor([1])), whole.take(torch.tensor([0]))]
+    again = Trajectory.cat([part.to("cpu") for part in parts]).take(torch.tensor([1, 0]))
+    assert len(again) == 2 and again.num_steps == 3
+    assert torch.equal(again.latents, whole.latents) and torch.equal(again.kl("analytic"), whole.kl("analytic"))
+    assert all(torch.equal(again.conditioning[name], value) for name, value in whole.conditioning.items())
+    steps = torch.tensor([[2, 0], [1, 1]])
+    old = whole.transitions(steps)
+    for row, (sample, step) in enumerate([(0, 2), (0, 0), (1, 1), (1, 1)]):
+        assert torch.equal(old.latents[row], whole.latents[sample, step])
+        assert torch.equal(old.next_latents[row], whole.latents[sample, step + 1])
+        assert old.timesteps[row] == whole.timesteps[sample, step]
+        assert old.log_probs[row] == whole.log_probs[sample, step]
+        assert old.log_probs_reference[row] == whole.log_probs_reference[sample, step]
+        assert torch.equal(old.conditioning["pooled"][row], whole.conditioning["pooled"][sample])
+
+
+def test_noise_is_that_of_one_draw_after_another():
+    latents = torch.zeros(2, 4, 8, 8)
+    noises = draw_noise(3, latents, [torch.Generator().manual_seed(seed) for seed in (1, 2)])
+    for n, seed in enumerate((1, 2)):
+        generator = torch.Generator().manual_seed(seed)
+        for step in range(3):
+            assert torch.equal(noises[step, n], torch.randn(1, 4, 8, 8, generator=generator)[0])
+
+
+def test_decoding_in_small_batches_changes_nothing():
+    policy = golden_policy()
+    latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    together = policy.decode(latents)
+    policy.decode_batch_size = 2
+    assert torch.allclose(policy.decode(latents), together, atol=1e-6)
+
+
+# -- loading -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+def painter_config(world, **changes):
+    config = base.get_config()
+    config.update_from_flattened_dict(settings(world, "unused", **changes))
+    return config
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+def test_weights_in_half_precision_are_found_and_read_as_they_are(world, tmp_path, mixed_precision):
+    """A folder that holds nothing but *.fp16.safetensors, as many on the hub do."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "painter", dtype=torch.float16)
+    pipeline.save_pretrained(tmp_path / "half", variant="fp16")
+    pipeline.save_pretrained(tmp_path / "plain")
+    painters = []
+    for folder in ("half", "plain"):
+        config = painter_config(world, pretrained__model=str(tmp_path / folder), mixed_precision=mixed_precision)
+        assert weights_variant(config.pretrained) == ("fp16" if folder == "half" else None)
+        painters.append(load_painter(config, "cpu"))
+    for name, weight in painters[0].unet.named_parameters():
+        assert torch.equal(weight, painters[1].unet.get_parameter(name))
+    types = {part: next(getattr(painters[0].pipeline, part).parameters()).dtype for part in ("unet", "text_encoder_2")}
+    assert set(types.values()) == {DTYPES[mixed_precision]}
+
+
+def test_a_vae_that_overflows_stays_in_float32(world, tmp_path):
+    pipeline = StableDiffusionXLPipeline.from_pretrained(world / "painter")
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.save_pretrained(tmp_path)
+    policy = load_painter(painter_config(world, pretrained__model=str(tmp_path), mixed_precision="bf16"), "cpu")
+    for name, weight in policy.pipeline.vae.named_parameters():
+        assert torch.equal(weight, pipeline.vae.get_parameter(name))  # not rounded on the way either

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 
 from config import tiny
 from config.validate import validate
+from ddpo.pictures import save_views
 from diffusers_patch.loading import load_painter
 from diffusers_patch.mv_sdxl import split_grid
 from diffusers_patch.rollout import rollout
@@ -287,25 +289,22 @@ def test_samples_with_an_empty_view_are_counted(world):
     assert result["empty"].tolist() == [1, 0, 0]
 
 
-def save_validation(folder, epoch, **arrays):
-    """Write validation/epoch_XXXX.npz of the run in `folder`."""
-    (folder / "validation").mkdir(exist_ok=True)
-    np.savez(folder / "validation" / f"epoch_{epoch:04d}.npz", **arrays)
+def save_validation(folder, epoch, views, rewards, prompts):
+    """Write validation/epoch_XXXX/ of the run in `folder`. views: (N, V, 3, S, S) in [0, 1]."""
+    validation = folder / "validation" / f"epoch_{epoch:04d}"
+    validation.mkdir(parents=True, exist_ok=True)
+    for n, view in enumerate(views):
+        save_views({"views": (255 * view).byte()}, validation / f"{n:04d}.png")
+    (validation / "scores.json").write_text(json.dumps({"prompts": list(prompts), "rewards": list(rewards)}))
 
 
 def test_a_run_is_evaluated_from_its_first_and_last_validation(world, tmp_path):
     captions, objects, views = (x[:8] for x in world)
     defective = add_defect("colour", objects, captions, views, torch.Generator().manual_seed(0))
     for epoch, images in ((0, defective), (5, defective), (20, views)):
-        save_validation(
-            tmp_path,
-            epoch,
-            views=(255 * images).byte().numpy(),
-            rewards=np.full(8, epoch - 20.0),
-            prompts=np.array(captions),
-        )
+        save_validation(tmp_path, epoch, images, [epoch - 20.0] * 8, captions)
     result = evaluate_run(tmp_path, "colour", Classifier())
-    assert result["files"] == ["epoch_0000.npz", "epoch_0020.npz"] and result["samples"] == 8
+    assert result["validations"] == ["epoch_0000", "epoch_0020"] and result["samples"] == 8
     assert result["defective"]["before"] == 1 and result["defective"]["after"] == 0
     assert result["reward"]["difference"] == 20
     assert json.loads((tmp_path / "evaluation.json").read_text())["bad_grids_repaired"]["share"] == 1
@@ -331,54 +330,59 @@ def test_rewards_of_runs_are_plotted(tmp_path):
 def run(world, tmp_path):
     """A run of four validation samples that can be evaluated."""
     captions, _, views = (x[:4] for x in world)
-    arrays = dict(views=(255 * views).byte().numpy(), rewards=np.zeros(4), prompts=np.array(captions))
+    content = dict(views=views, rewards=[0.0] * 4, prompts=captions)
     for epoch in (0, 4):
-        save_validation(tmp_path, epoch, **arrays)
+        save_validation(tmp_path, epoch, **content)
     (tmp_path / "metrics.jsonl").write_text("")
-    return tmp_path, arrays
+    return tmp_path, content
 
 
-def truncate(run, _arrays):
-    file = run / "validation" / "epoch_0004.npz"
-    file.write_bytes(file.read_bytes()[:-200])
+def rewrite(**changes):
+    """Damage: the last validation with other content."""
+    return lambda run, content: save_validation(run, 4, **content | changes)
 
 
-def flip_bytes(run, _arrays):
-    file = run / "validation" / "epoch_0004.npz"
-    content = bytearray(file.read_bytes())
-    content[2000:2100] = bytes(255 - byte for byte in content[2000:2100])
-    file.write_bytes(content)
+def damage(name, harm):
+    """Damage: a file of the last validation after harm(bytes)."""
+
+    def apply(run, _):
+        file = run / "validation" / "epoch_0004" / name
+        file.write_bytes(harm(file.read_bytes()))
+
+    return apply
+
+
+def flip_bytes(content):
+    return content[:500] + bytes(255 - byte for byte in content[500:600]) + content[600:]
 
 
 DAMAGES = {
-    "has 0 files": lambda run, _: [file.unlink() for file in (run / "validation").iterdir()],
-    "has 1 files": lambda run, _: (run / "validation" / "epoch_0004.npz").unlink(),
-    r"epoch_0004.npz is missing, damaged .*not a zip": truncate,
-    r"epoch_0004.npz is missing, damaged .*CRC": flip_bytes,
-    r"epoch_0004.npz is missing, damaged": lambda run, _: (run / "validation" / "epoch_0004.npz").write_bytes(b""),
-    r"epoch_0004.npz has no array rewards": lambda run, arrays: save_validation(
-        run, 4, views=arrays["views"], prompts=arrays["prompts"]
+    "has 0 folders": lambda run, _: shutil.rmtree(run / "validation"),
+    "has 1 folders": lambda run, _: shutil.rmtree(run / "validation" / "epoch_0004"),
+    r"scores.json is missing or damaged": lambda run, _: (run / "validation/epoch_0004/scores.json").unlink(),
+    r"scores.json is missing or damaged \(JSONDecodeError\)": damage("scores.json", lambda content: content[:-9]),
+    r"scores.json is missing or damaged \(KeyError\)": damage("scores.json", lambda content: b"{}"),
+    r"scores.json has 4 prompts and 3 rewards": rewrite(rewards=[0.0] * 3),
+    r"scores.json has 4 prompts and 4 rewards; one finite reward": rewrite(rewards=[float("nan")] * 4),
+    r"0002.png is missing or not a picture": lambda run, _: (run / "validation/epoch_0004/0002.png").unlink(),
+    r"0001.png is missing or not a picture": damage("0001.png", lambda content: content[:-200]),
+    r"0003.png is missing or not a picture": damage("0003.png", flip_bytes),
+    r"0000.png has views of shape \(2, 3, 64, 64\)": lambda run, content: save_validation(
+        run, 4, **content | {"views": content["views"][:, :2]}
     ),
-    r"epoch_0004.npz has views float64 .* uint8 \(N, 4, 3, S, S\)": lambda run, arrays: save_validation(
-        run, 4, **arrays | {"views": arrays["views"] / 255}
+    r"different prompts": lambda run, content: save_validation(
+        run, 4, **content | {"prompts": content["prompts"][::-1]}
     ),
-    r"epoch_0004.npz has .* one reward and one prompt": lambda run, arrays: save_validation(
-        run, 4, **arrays | {"rewards": np.zeros(3)}
-    ),
-    r"epoch_0004.npz has rewards that are not finite": lambda run, arrays: save_validation(
-        run, 4, **arrays | {"rewards": np.full(4, np.nan)}
-    ),
-    r"different prompts": lambda run, arrays: save_validation(run, 4, **arrays | {"prompts": arrays["prompts"][::-1]}),
-    r"epoch_0000.npz cannot be evaluated: Caption 'a dog'": lambda run, arrays: [
-        save_validation(run, epoch, **arrays | {"prompts": np.full(4, "a dog")}) for epoch in (0, 4)
+    r"epoch_0000 cannot be evaluated: Caption 'a dog'": lambda run, content: [
+        save_validation(run, epoch, **content | {"prompts": ["a dog"] * 4}) for epoch in (0, 4)
     ],
 }
 
 
 @pytest.mark.parametrize("message", DAMAGES)
 def test_damaged_runs_end_the_evaluation_with_one_sentence_and_status_1(message, run):
-    folder, arrays = run
-    DAMAGES[message](folder, arrays)
+    folder, content = run
+    DAMAGES[message](folder, content)
     for command, arguments in (
         (main, [str(folder)]),
         (compare_runs.main, [str(folder), "--out", str(folder / "curves.png")]),

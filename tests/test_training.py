@@ -18,7 +18,11 @@ from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
-from ddpo.checkpoint import checkpoints, find_checkpoint, load_checkpoint
+from carve3d_train import Run
+from config import base
+from ddpo.checkpoint import check_validation_prompts, checkpoints, find_checkpoint, load_checkpoint
+from ddpo.pictures import load_views
+from prompts.dataset import load_prompts
 from tests import children
 from tests.tiny_models import LATENT, flags, make_world, settings
 
@@ -96,8 +100,12 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
     assert names == {f"epoch_000{n}.png" for n in (0, 1, 2)} | validations | {"before_after_0003.png"}
     assert np.asarray(Image.open(whole_run / "samples/epoch_0001.png")).std() > 0
     assert np.asarray(Image.open(whole_run / "curves.png")).std() > 0
-    validation = np.load(whole_run / "validation/epoch_0003.npz")
-    assert validation["views"].shape == (3, 4, 3, 4 * LATENT, 4 * LATENT) and validation["views"].dtype == np.uint8
+    validation = whole_run / "validation/epoch_0003"
+    assert sorted(file.name for file in validation.iterdir()) == ["0000.png", "0001.png", "0002.png", "scores.json"]
+    images = load_views(validation / "0002.png")
+    assert images["views"].shape == images["renders"].shape == (4, 3, 4 * LATENT, 4 * LATENT)
+    scores = json.loads((validation / "scores.json").read_text())
+    assert scores["rewards"] == metrics(whole_run, "validation")[-1]["rewards"] and len(scores["prompts"]) == 3
     assert same_files(whole_run / "final", whole_run / "lora/epoch_0003", LORA)
 
 
@@ -147,8 +155,8 @@ def test_stock_diffusers_loads_what_was_learned(whole_run, world):
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
 MOMENTS = [  # the call in which the process dies, counted from where the run resumes
-    ("diffusers_patch.rollout.draw", 1),  # the first validation
-    ("diffusers_patch.rollout.draw", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
+    ("diffusers_patch.rollout.analytic_kl", 1),  # the first validation
+    ("diffusers_patch.rollout.analytic_kl", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
     ("ddpo.update.ppo_loss", 5),  # update of epoch 1, between its two micro-batches
     ("torch.save", 1),  # saving checkpoint 2, half of it is there
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
@@ -424,6 +432,19 @@ def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
     assert done.returncode == 1 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_does_not_resume_with_other_validation_prompts(whole_run, world, tmp_path):
+    shutil.copytree(whole_run, tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    config = base.get_config()
+    changes = dict(resume_from=str(tmp_path / "run"), prompts__val_file=str(world / "train.txt"))
+    config.update_from_flattened_dict(settings(world, tmp_path, **changes))
+    with pytest.raises(ValueError, match="val_file has other prompts .4. than those .*run was .* on .3.: .*tools.eval"):
+        Run(config)
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+    checkpoint = find_checkpoint(tmp_path / "run")
+    check_validation_prompts(checkpoint, load_prompts(world / "validation.txt"))  # the same in another file would do
 
 
 def test_a_finished_run_is_not_written_over(whole_run, world):

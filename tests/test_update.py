@@ -1,17 +1,19 @@
 """The update: golden cases of the published step, through the code that trains, and what that code promises besides."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 import ddpo.calibration
 import ddpo.update
 from config import base
-from ddpo.calibration import StepCalibration, kl_between, trajectory_means
+from ddpo.calibration import StepCalibration, check_clip_range, kl_between, ratio_deviation, trajectory_means
 from ddpo.setup import make_optimizer
 from ddpo.update import micro_batch_losses, shuffled_micro_batches, update
 from diffusers_patch.ddim_with_logprob import ddim_std
@@ -180,13 +182,13 @@ def test_without_advantages_only_the_weight_decay_acts():
 def gradient_of(policy, trajectory, advantages, index, steps, config):
     """The gradient of one micro-batch (flattened), its loss, and its list of infos."""
     total, infos = 0.0, []
-    for loss, info in micro_batch_losses(policy, trajectory, advantages, index, steps, config):
+    for loss, info in micro_batch_losses(policy, trajectory.take(index), advantages[index], steps, config):
         loss.backward()
         total += loss.item()
         infos.append(info)
     gradient = torch.cat([p.grad.flatten() for p in policy.trainable_parameters()])
     policy.unet.zero_grad()
-    return gradient, total, infos
+    return gradient / steps.shape[1], total / steps.shape[1], infos
 
 
 def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
@@ -199,10 +201,25 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
     for together in (2, 5):  # 2 leaves a remainder of 1
         config.train.timesteps_per_forward = together
         gradient, loss, infos = gradient_of(*arguments, config)
-        assert len(infos) == -(-5 // together) and sum(float(info["fraction"]) for info in infos) == pytest.approx(1)
+        assert len(infos) == -(-5 // together) and sum(info["steps"] for info in infos) == 5
         # batches of another size round otherwise: 2.5e-6 and 2.2e-7 were measured on five kinds of CPU code
         assert (gradient - alone).abs().max() <= 2e-5 * alone.abs().max()
         assert loss == pytest.approx(loss_alone, abs=2e-6)
+
+
+def test_gradient_checkpointing_changes_no_gradient():
+    config, policy = golden_config(CASES["C"]), lora_policy("C/lora_init")
+    index, steps = torch.arange(4), torch.stack([torch.randperm(5) for _ in range(4)])
+    arguments = policy, golden_trajectory(), TENSORS["rollout/advantages"], index, steps, config
+    kept, _, _ = gradient_of(*arguments)
+    calls = []
+    policy.unet.enable_gradient_checkpointing()
+    for module in policy.unet.modules():
+        if getattr(module, "gradient_checkpointing", False):
+            function = module._gradient_checkpointing_func
+            module._gradient_checkpointing_func = lambda *a, f=function: calls.append(None) or f(*a)
+    again, _, _ = gradient_of(*arguments)
+    assert calls and torch.equal(again, kept)
 
 
 def test_noise_weights_do_not_depend_on_the_steps_drawn():
@@ -241,7 +258,8 @@ def test_on_policy_the_ratio_is_one(composition):
     trajectory = rollout(policy, prompts, 5, 5.0, generator=torch.Generator().manual_seed(5))
     index = torch.arange(4) if composition == "same" else torch.tensor([2, 0])
     steps = torch.arange(5).expand(len(index), 5)
-    infos = [info for _, info in micro_batch_losses(policy, trajectory, torch.ones(4), index, steps, config)]
+    part, advantages = trajectory.take(index), torch.ones(len(index))
+    infos = [info for _, info in micro_batch_losses(policy, part, advantages, steps, config)]
     for info in infos:
         if composition == "same":
             assert info["ratio_min"] == info["ratio_max"] == 1
@@ -303,6 +321,25 @@ def test_calibration_reaches_the_wanted_kl():
     assert 0.3 < logs[2]["kl_of_update"] / 0.01 < 3
 
 
+def test_a_step_that_the_loss_scaler_skipped_is_named_and_calibrates_nothing():
+    """A gradient that overflows in the first step of two."""
+    config, policy, accelerator = golden_config(CASES["A"]), lora_policy("lora_sampling"), Accelerator(cpu=True)
+    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.timesteps_per_forward = 4, 1, 5
+    scaler, overflow = torch.amp.GradScaler("cpu", init_scale=2.0), iter([True, False])
+    optimizer = AcceleratedOptimizer(make_optimizer(policy, config), scaler=scaler)
+    accelerator.clip_grad_norm_ = lambda parameters, _: (
+        parameters[0].grad.fill_(math.inf if next(overflow) else 1).sum()
+    )
+    accelerator.backward = lambda loss: scaler.scale(loss).backward()
+    calls = []
+    advantages = TENSORS["rollout/advantages"]
+    generator = torch.Generator().manual_seed(0)
+    arguments = policy, optimizer, accelerator, golden_trajectory(), advantages, config, generator
+    logs = update(*arguments, lambda: calls.append(None) or {"kl_of_update": 1.0})
+    assert [log["step_skipped"] for log in logs] == [True, False] and len(calls) == 1
+    assert "kl_of_update" not in logs[0] and logs[1]["kl_of_update"] == 1.0
+
+
 @pytest.mark.parametrize(
     "processes, per_process, expected",
     [
@@ -324,3 +361,22 @@ def test_calibration_measures_the_same_samples_for_any_number_of_processes(
         trajectory = Trajectory(None, torch.zeros(per_process, 5), None, None, None, None, None)
         StepCalibration(policy, None, accelerator, config).start(trajectory)
     assert picked == expected
+
+
+def test_a_clip_range_below_rounding_is_refused(monkeypatch):
+    """With a network whose output depends on the size of its batch as that of a half-precision one may."""
+    config, policy = golden_config(CASES["A"]), lora_policy("lora_sampling")
+    config.mixed_precision, config.sample.batch_size, config.train.batch_size = "bf16", 4, 2
+    predict = policy.predict
+    monkeypatch.setattr(policy, "predict", lambda x, *args: predict(x, *args) + 1e-3 * (len(x) == 4))
+    with pytest.raises(ValueError, match=r"clip_range is 0.0001, but .*'bf16' rounding alone moves \d+ % .*set it to"):
+        check_clip_range(policy, PROMPTS, config)
+    deviation = ratio_deviation(policy, PROMPTS, config)
+    assert deviation.shape == (8,) and deviation.max() > 1e-4
+    config.train.batch_size = 4  # the same batches: exactly 1
+    assert (ratio_deviation(policy, PROMPTS, config) == 0).all()
+    check_clip_range(policy, PROMPTS, config)
+    config.train.batch_size, config.train.clip_range = 2, 2 * float(deviation.max())
+    check_clip_range(policy, PROMPTS, config)
+    config.train.clip_range, config.mixed_precision = 1e-4, "no"
+    check_clip_range(policy, PROMPTS, config)

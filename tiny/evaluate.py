@@ -1,7 +1,7 @@
 """Evaluate a run in the small world without a reconstruction: `python -m tiny.evaluate logs/<run>`.
 
-Reads the first and the last of `logs/<run>/validation/epoch_XXXX.npz` (views uint8 (N, 4, 3, S, S), rewards (N,),
-prompts (N,), with the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
+Reads the first and the last of `logs/<run>/validation/epoch_XXXX/` (prompts and rewards, and the views of each prompt,
+with the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
 `logs/<run>/evaluation.json`. Only the rewards, which are read from the files, come from a reconstruction: defects are
 detected by comparing the colours and areas of the views, and captions are checked by a classifier that was trained on
 exact renders. Exits with status 1 and one sentence if a file is missing or damaged.
@@ -10,23 +10,20 @@ exact renders. Exits with status 1 and one sentence if a file is missing or dama
 import argparse
 import json
 import sys
-import zipfile
-import zlib
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from scipy.stats import sem, ttest_rel
 
 from config import base
+from ddpo.pictures import load_views
 from mrc.bounding_box import foreground_mask
 from tiny.classifier import Classifier, caption_agreement
 from tiny.defects import DEFECTS, SHIPPED, VIEW, colour_shares, is_defective
 from tiny.objects import COLOUR_NAMES, parse_caption
 
 MIN_FOREGROUND = base.get_config().mrc.min_foreground  # share of the view; below it a view counts as empty
-UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile, zlib.error)  # what damaged files raise
 
 
 def evaluate_views(
@@ -128,49 +125,45 @@ def table(result: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def read_validation(file: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Read a validation file: views (N, 4, 3, S, S) in [0, 1], rewards (N,) in float64, and N prompts.
+def read_validation(folder: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Read a validation of a run: views (N, 4, 3, S, S) in [0, 1], rewards (N,) in float64, and N prompts.
 
-    Raises ValueError if the file is missing or damaged, or holds something else."""
+    Raises ValueError if a file is missing or damaged, or holds something else."""
+    folder = Path(folder)
     try:
-        with np.load(file) as data:
-            arrays = {name: data[name] for name in data.files}
-    except UNREADABLE as error:
-        reason = str(error).replace("\n", " ") or type(error).__name__
+        scores = json.loads((folder / "scores.json").read_text())
+        prompts, rewards = scores["prompts"], torch.tensor(scores["rewards"], dtype=torch.float64)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is missing, damaged or no .npz file of arrays ({reason}); "
-            f"give the folder of a complete run, or repeat the run."
+            f"{folder / 'scores.json'} is missing or damaged ({type(error).__name__}); give the folder of a complete "
+            f"run of carve3d_train.py, or repeat the run."
         ) from error
-    missing = {"views", "rewards", "prompts"} - set(arrays)
-    if missing:
+    if rewards.shape != (len(prompts),) or len(prompts) < 2 or not rewards.isfinite().all():
         raise ValueError(
-            f"{file} has no array {', '.join(sorted(missing))}; give the folder of a run of carve3d_train.py."
+            f"{folder / 'scores.json'} has {len(prompts)} prompts and {rewards.numel()} rewards; one finite reward for "
+            f"each of two or more prompts is expected."
         )
-    views, rewards, prompts = arrays["views"], arrays["rewards"], arrays["prompts"]
-    shapes = f"views {views.dtype} {views.shape}, rewards {rewards.shape}, prompts {prompts.shape}"
-    if views.dtype != np.uint8 or views.ndim != 5 or views.shape[1:3] != (4, 3) or views.shape[-1] != views.shape[-2]:
-        raise ValueError(f"{file} has {shapes}; the views of the small world are uint8 (N, 4, 3, S, S).")
-    if not rewards.shape == prompts.shape == (len(views),) or len(views) < 2:
-        raise ValueError(f"{file} has {shapes}; one reward and one prompt for each of N >= 2 samples are expected.")
-    if not np.isfinite(rewards).all():
-        raise ValueError(f"{file} has rewards that are not finite; repeat the run.")
-    views = torch.from_numpy(views).float() / 255
-    return views, torch.from_numpy(rewards).double(), [str(prompt) for prompt in prompts]
+    files = [folder / f"{index:04d}.png" for index in range(len(prompts))]
+    views = [load_views(file).get("views", torch.empty(0)) for file in files]
+    for file, view in zip(files, views, strict=True):
+        if view.shape[:2] != (4, 3) or view.shape != views[0].shape:
+            raise ValueError(f"{file} has views of shape {tuple(view.shape)}; (4, 3, S, S) of one size is expected.")
+    return torch.stack(views).float() / 255, rewards, prompts
 
 
 def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module | None = None) -> dict:
     """Compare the first and the last validation of a run; writes and returns what is in `run`/evaluation.json.
 
     defect: a key of DEFECTS; classifier: None for the shipped one. Raises FileNotFoundError if there are not two
-    validation files, and ValueError if they cannot be read or compared."""
+    validations, and ValueError if they cannot be read or compared."""
     folder = Path(run) / "validation"
-    files = sorted(folder.glob("epoch_*.npz"))
-    if len(files) < 2:
+    validations = sorted(folder.glob("epoch_*"))
+    if len(validations) < 2:
         raise FileNotFoundError(
-            f"{folder} has {len(files)} files epoch_XXXX.npz, but two are needed; "
+            f"{folder} has {len(validations)} folders epoch_XXXX, but two are needed; "
             f"give the folder of a run that validated before and after training."
         )
-    first, last = files[0], files[-1]
+    first, last = validations[0], validations[-1]
     (views, rewards, prompts), (views_after, rewards_after, prompts_after) = map(read_validation, (first, last))
     if prompts != prompts_after:
         raise ValueError(
@@ -184,7 +177,7 @@ def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module |
         raise ValueError(f"{first} cannot be evaluated: {error}") from error
     after = {"reward": rewards_after, **evaluate_views(views_after, prompts, defect, classifier)}
     names = [first.name, last.name]
-    result = {"files": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
+    result = {"validations": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
     (Path(run) / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
     return result
 
@@ -199,7 +192,7 @@ def main(arguments: list[str] | None = None) -> None:
         result = evaluate_run(args.run, args.defect)
     except (OSError, ValueError) as error:
         sys.exit(f"tiny.evaluate: {error}")
-    print(f"{result['samples']} samples, {result['files'][0]} and {result['files'][1]}, defect: {result['defect']}")
+    print(f"{result['samples']} samples, {' and '.join(result['validations'])}, defect: {result['defect']}")
     print(table({name: row for name, row in result.items() if isinstance(row, dict)}))
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     args = start_training(make_parser(), "{kind}_defect")
     out = args.out or WEIGHTS / f"{args.kind}_defect"
     pipeline_class, painter_class, encode = KINDS[args.kind]
-    pipeline = pipeline_class.from_pretrained(args.painter or WEIGHTS / args.kind, torch_dtype=torch.float32)
+    pipeline = pipeline_class.from_pretrained(args.painter or WEIGHTS / args.kind, dtype=torch.float32)
     vae = copy.deepcopy(pipeline.vae).bfloat16()
     captions, latents = training_set(args.folder, vae, args.defect, args.objects, encode)
     painter = with_lora(painter_class(pipeline.tokenizer), pipeline, args.rank)

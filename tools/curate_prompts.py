@@ -9,15 +9,20 @@
 
 The base painter paints every candidate, each sample gets its reward, and the prompts with the lowest mean are kept, 30
 of 100 as published. In --out there are afterwards
-    results.jsonl   one line per scored prompt; an interrupted run resumes from here
-    ranking.csv     all candidates, lowest mean reward first
-    kept.txt        the kept ones, in the same order; config/dgx.py trains on this file
+    results_*.jsonl  one line per scored prompt; an interrupted run resumes from here
+    ranking.csv      all candidates, lowest mean reward first; samples with an empty view are counted apart
+    kept.txt         the kept ones, in the same order; config/dgx.py trains on this file
+
+With several GPUs: torchrun --nproc_per_node 8 -m tools.curate_prompts --config ...
 """
 
 import csv
 import json
+import math
 import statistics
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,64 +32,84 @@ from ml_collections import ConfigDict
 
 from config import cli
 from config.validate import validate
+from ddpo.setup import start_accelerator
 from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 
 
-def score_all(
-    prompts: Sequence[str], score: Callable[[int, str], list[float]], results_file: str | Path, settings: dict
-) -> dict[str, list[float]]:
-    """Score every prompt that `results_file` does not have yet; returns {prompt: rewards} in the order of `prompts`.
+@dataclass
+class Scores:
+    """The rewards of a prompt's samples, and which of them have an empty view, whose reward is a penalty."""
 
-    score: (index in `prompts`, prompt) -> that prompt's rewards. The result of each call is on disk before the next.
-    settings: what the rewards depend on (JSON values). A file made with other ones is refused, not mixed.
-    Raises ValueError for such a file, for a damaged one and for rewards that are not finite.
+    rewards: list[float]
+    empty: list[bool]
+
+    @property
+    def mean(self) -> float:
+        """Mean reward of the samples that show something; NaN if none does."""
+        shown = [reward for reward, empty in zip(self.rewards, self.empty, strict=True) if not empty]
+        return statistics.fmean(shown) if shown else math.nan
+
+
+def score_all(
+    prompts: Sequence[str],
+    score: Callable[[int, str], Scores],
+    folder: str | Path,
+    settings: dict,
+    process: int = 0,
+    num_processes: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> dict[str, Scores]:
+    """Score every prompt that `folder` has no results of yet; returns {prompt: scores} in the order of `prompts`.
+
+    score: (index in `prompts`, prompt) -> the scores of its samples, on disk before the next prompt is painted.
+    settings: what the scores depend on (JSON values). Results of other ones are refused, not mixed.
+    process: this one of `num_processes`, which share the prompts; wait: returns when all processes have called it.
+    Raises ValueError for results of other settings, for damaged ones and for rewards that are not finite.
     """
-    results_file = Path(results_file)
-    done = _read_results(results_file, settings)
-    results_file.parent.mkdir(parents=True, exist_ok=True)
-    with results_file.open("a", encoding="utf-8") as file:
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    done = _read_results(folder, settings)
+    wait()  # until all have seen what is done
+    missing = [index for index, prompt in enumerate(prompts) if prompt not in done]
+    with (folder / f"results_{process:03d}.jsonl").open("a", encoding="utf-8") as file:
         if file.tell() == 0:
             _append(file, {"settings": settings})
-        for index, prompt in enumerate(prompts):
-            if prompt not in done:
-                done[prompt] = [float(reward) for reward in score(index, prompt)]
-                if not done[prompt] or not all(abs(reward) < float("inf") for reward in done[prompt]):
-                    raise ValueError(
-                        f"the rewards of {prompt!r} are {done[prompt]}, which cannot be ranked: check the "
-                        f"painter and the reconstructor"
-                    )
-                _append(file, {"prompt": prompt, "rewards": done[prompt]})
-    return {prompt: done[prompt] for prompt in prompts}
+        for index in missing[process::num_processes]:
+            scores = score(index, prompts[index])
+            if not scores.rewards or not all(math.isfinite(reward) for reward in scores.rewards):
+                raise ValueError(
+                    f"the rewards of {prompts[index]!r} are {scores.rewards}, which cannot be ranked: check the "
+                    f"painter and the reconstructor"
+                )
+            _append(file, {"prompt": prompts[index], **asdict(scores)})
+    wait()  # until all are done
+    results = _read_results(folder, settings)
+    return {prompt: results[prompt] for prompt in prompts}
 
 
-def write_ranking(results: dict[str, list[float]], out: str | Path, keep: int) -> list[str]:
+def write_ranking(results: dict[str, Scores], out: str | Path, keep: int) -> list[str]:
     """Write ranking.csv and kept.txt into the folder `out`; returns the `keep` prompts of lowest mean reward.
 
-    Prompts of equal mean stay in the order of `results`. Raises ValueError if there are fewer than `keep`.
+    Samples with an empty view do not count, and prompts that have no others come last. Prompts of equal mean stay in
+    the order of `results`. Raises ValueError if there are fewer than `keep`.
     """
     if not 1 <= keep <= len(results):
         raise ValueError(f"--keep is {keep} but there are {len(results)} candidates: keep between 1 and {len(results)}")
-    ranked = sorted(results, key=lambda prompt: statistics.fmean(results[prompt]))
+    ranked = sorted(results, key=lambda prompt: (math.isnan(results[prompt].mean), results[prompt].mean))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     with (out / "ranking.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file)
-        table.writerow(["rank", "kept", "mean_reward", "std_reward", "samples", "prompt"])
+        table.writerow(["rank", "kept", "mean_reward", "std_reward", "samples", "empty", "prompt"])
         for rank, prompt in enumerate(ranked, start=1):
-            rewards = results[prompt]
-            table.writerow(
-                [
-                    rank,
-                    int(rank <= keep),
-                    f"{statistics.fmean(rewards):.6f}",
-                    f"{statistics.pstdev(rewards):.6f}",
-                    len(rewards),
-                    prompt,
-                ]
-            )
+            scores = results[prompt]
+            shown = [reward for reward, empty in zip(scores.rewards, scores.empty, strict=True) if not empty]
+            spread = statistics.pstdev(shown) if shown else math.nan
+            counts = [len(scores.rewards), sum(scores.empty)]
+            table.writerow([rank, int(rank <= keep), f"{scores.mean:.6f}", f"{spread:.6f}", *counts, prompt])
     (out / "kept.txt").write_text("".join(f"{prompt}\n" for prompt in ranked[:keep]), encoding="utf-8")
     return ranked[:keep]
 
@@ -94,45 +119,45 @@ def _append(file, line: dict) -> None:
     file.flush()
 
 
-def _read_results(path: Path, settings: dict) -> dict[str, list[float]]:
-    """What an earlier run scored. A last line that was being written when it was killed is cut off the file."""
-    if not path.exists():
-        return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        path.write_bytes(whole)
-    try:
-        lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
-        found = lines[0]["settings"] if lines else settings
-        results = {line["prompt"]: line["rewards"] for line in lines[1:]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): remove it to start again") from error
-    if found != settings:
-        differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-        raise ValueError(
-            f"{path} was made with other settings ({', '.join(differing)}): remove it to start again, or "
-            f"give another --out"
-        )
+def _read_results(folder: Path, settings: dict) -> dict[str, Scores]:
+    """What earlier runs scored. A last line that was being written when its process was killed is cut off its file."""
+    results = {}
+    for path in sorted(folder.glob("results_*.jsonl")):
+        content = path.read_bytes()
+        whole = content[: content.rfind(b"\n") + 1]
+        if whole != content:
+            path.write_bytes(whole)
+        try:
+            lines = [json.loads(line) for line in whole.decode("utf-8").splitlines()]
+            found = lines[0]["settings"] if lines else settings
+            results |= {line["prompt"]: Scores(line["rewards"], line["empty"]) for line in lines[1:]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it to start again") from error
+        if found != settings:
+            differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+            raise ValueError(
+                f"{path} was made with other settings ({', '.join(differing)}): remove it to start again, or give "
+                f"another --out"
+            )
     return results
 
 
-def painter_score(config: ConfigDict, samples: int) -> Callable[[int, str], list[float]]:
+def painter_score(config: ConfigDict, samples: int, device: torch.device) -> Callable[[int, str], Scores]:
     """A `score` for `score_all`: the rewards of `samples` pictures of a prompt by the base painter.
 
     The noise depends on the seed and the prompt's index alone, so an interrupted run ends with the same ranking.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reward_fn = load_reward(config, device)
     policy = load_painter(config, device)
     sample = config.sample
 
     @torch.no_grad()
-    def score(index: int, prompt: str) -> list[float]:
+    def score(index: int, prompt: str) -> Scores:
         generator = torch.Generator(device).manual_seed(config.seed + index)
         painted = [prompt + sample.prompt_suffix] * samples
         trajectory = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generator)
-        return reward_fn(trajectory.views, [prompt] * samples).reward.tolist()
+        result = reward_fn(trajectory.views, [prompt] * samples)
+        return Scores(result.reward.tolist(), result.empty.any(1).tolist())
 
     return score
 
@@ -150,7 +175,9 @@ def main(args) -> None:
     candidates = load_prompts(args.candidates)
     config.prompts.train_file = args.candidates  # the file that the config names is what this run is going to write
     config.prompts.num_train = 0
-    validate(config, num_processes=1, device_type="cuda" if torch.cuda.is_available() else "cpu")
+    config.tracker = "none"
+    accelerator = start_accelerator(config)
+    validate(config, 1, accelerator.device.type)  # as for one process: the prompts need not be shared evenly
     if not 1 <= args.keep <= len(candidates):  # before hours of painting
         raise ValueError(
             f"--keep is {args.keep} but {args.candidates} has {len(candidates)} prompts: keep between 1 and "
@@ -167,21 +194,27 @@ def main(args) -> None:
         "num_steps": config.sample.num_steps,
         "guidance_scale": config.sample.guidance_scale,
         "eta": config.sample.eta,
+        "initial_latents": config.sample.initial_latents,
+        "blob_std": config.sample.blob_std,
         "prompt_suffix": config.sample.prompt_suffix,
         "candidates": candidates,
         "samples": args.samples,
     }
-    score = painter_score(config, args.samples)
-    with tqdm.tqdm(total=len(candidates), desc="curating") as bar:
+    score = painter_score(config, args.samples, accelerator.device)
+    show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
+    with tqdm.tqdm(total=len(candidates), desc="curating", disable=not show_progress) as bar:
 
-        def score_with_progress(index: int, prompt: str) -> list[float]:
+        def score_with_progress(index: int, prompt: str) -> Scores:
             bar.update(index - bar.n)
             return score(index, prompt)
 
-        results = score_all(candidates, score_with_progress, out / "results.jsonl", settings)
+        share = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
+        results = score_all(candidates, score_with_progress, out, settings, *share)
         bar.update(len(candidates) - bar.n)
-    kept = write_ranking(results, out, args.keep)
-    print(f"kept {len(kept)} of {len(candidates)} prompts: {out / 'kept.txt'} (ranking: {out / 'ranking.csv'})")
+    if accelerator.is_main_process:
+        kept = write_ranking(results, out, args.keep)
+        print(f"kept {len(kept)} of {len(candidates)} prompts: {out / 'kept.txt'} (ranking: {out / 'ranking.csv'})")
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,319 @@
+"""Evaluate LoRAs: how consistent is what they paint, and at what price, compared with the base painter?
+
+    python -m tools.evaluate --config config/tiny.py --lora logs/RUN/final [--config.KEY=VALUE ...]
+
+--lora              folder that a run wrote, logs/RUN/final or logs/RUN/lora/epoch_XXXX; repeat the flag for several
+--prompts           file with the prompts (config.prompts.test_file)
+--samples           how often each prompt is painted (4)
+--pictures          how many of the prompts are shown, from the first (8)
+--judge             another reconstructor that judges the same views: tiny_lrm, lgm, grm or openlrm
+--judge_checkpoint  its weights
+--clip              folder or hub id of a CLIP that compares the views with their caption
+--out               folder for the results (logs/evaluate)
+
+The base painter and every LoRA paint with the same noise, which follows from a prompt's place in the file and the
+sample's number alone. Any number of processes share the work:
+
+    torchrun --nproc_per_node 8 -m tools.evaluate --config ...    (or accelerate launch -m tools.evaluate ...)
+
+On several machines --out must be a folder that all of them see. An evaluation that was killed resumes when it is called
+again, on any number of processes, and ends with the same numbers. In --out there are afterwards
+    results.json   every number, and what it depends on; python -m tools.plot_sweep draws several of these files
+    table.md       the table that is printed
+    pictures.png   the first sample of the first prompts, painted over re-rendered
+    parts/         each sample's numbers as the processes wrote them, from which a killed evaluation resumes
+
+The table has means over prompts, after averaging over the samples of a prompt, which are not independent, and standard
+errors over prompts:
+    MRC          mean LPIPS between painted and re-rendered views; -config.mrc.empty_view_reward for an empty view
+    difference   to the base painter, paired by prompt; p is that of a paired t-test
+    KL           to the base painter, as config.kl_estimator estimates it: nats per dimension, mean over trained steps
+    foreground   relative change of the share of the views that the object covers
+    empty        share of the samples with an empty view
+    judge, CLIP  MRC by --judge, and cosine between caption and views by --clip; behind it the difference to the base
+"""
+
+import copy
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import tqdm
+from absl import flags
+from ml_collections import ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from config import cli
+from config.validate import CHOICES, flatten, validate
+from ddpo.evaluation import BASE, SWEPT, Parts, batches, save_images, summarise, table, write_whole
+from ddpo.pictures import sample_picture
+from ddpo.run_log import ROWS
+from ddpo.sampling import EVALUATION, make_generator
+from ddpo.setup import start_accelerator
+from diffusers_patch.loading import check_cameras, load_painter, painter_cameras
+from diffusers_patch.policy import LORA_FILE
+from diffusers_patch.rollout import rollout
+from mrc.clip_similarity import CLIPSimilarity
+from mrc.rewards import load_reward
+from prompts.dataset import load_prompts
+from recon import reconstructor_cameras
+from recon.cameras import camera_disagreement
+
+# The keys that the numbers depend on. Not among them: sample.batch_size, which may be lowered if memory is short.
+SECTIONS = ("painter.", "pretrained.", "lora.", "recon.", "mrc.")
+KEYS = (
+    "sample.num_steps",
+    "sample.eta",
+    "sample.guidance_scale",
+    "sample.guidance_rescale",
+    "sample.prompt_suffix",
+    "train.skip_last_steps",
+    "kl_estimator",
+    "mixed_precision",
+    "allow_tf32",
+)
+
+
+def read_loras(folders: Sequence[str]) -> dict[str, dict]:
+    """{folder: {"sha256" of its weights, "run": see `run_of`}}.
+
+    Raises FileNotFoundError, or ValueError for a file without weights, with weights that are not finite, or with the
+    same ones as another's."""
+    loras = {}
+    for folder in folders:
+        file = Path(folder) / LORA_FILE
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"--lora names {folder!r}, which has no {LORA_FILE}: give a folder that a run wrote, such as "
+                f"logs/RUN/final"
+            )
+        try:
+            weights = load_file(file)
+        except SafetensorError as error:
+            raise ValueError(f"{file} is damaged ({error}): give another folder in --lora") from error
+        if not weights:
+            raise ValueError(f"{file} holds no weights: give another folder in --lora")
+        broken = [name for name, value in weights.items() if not value.isfinite().all()]
+        if broken:
+            raise ValueError(
+                f"{file} has NaN or infinite numbers in {len(broken)} of {len(weights)} weights, so its training "
+                f"diverged: give an earlier lora/epoch_XXXX of that run in --lora"
+            )
+        sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+        for other, lora in loras.items():
+            if lora["sha256"] == sha256:
+                raise ValueError(f"--lora names {other!r} and {folder!r}, which hold the same weights: leave one out")
+        loras[folder] = {"sha256": sha256, "run": run_of(folder)}
+    return loras
+
+
+def run_of(folder: str | Path) -> dict[str, float] | None:
+    """The SWEPT keys of the run that wrote a LoRA, `folder` being its final/ or lora/epoch_XXXX/; None if not found."""
+    for parent in list(Path(folder).resolve().parents)[:2]:
+        try:
+            keys = flatten(ConfigDict(json.loads((parent / "config.json").read_text())))
+            return {key: keys[key] for key in SWEPT}
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # no file, or one of something else
+    return None
+
+
+def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -> ConfigDict | None:
+    """`config` with the reconstructor of --judge; None without one.
+
+    Raises ValueError if only one of the two flags is given, or if the painter's cameras are not the judge's."""
+    if not name and not checkpoint:
+        return None
+    if not name or not checkpoint:
+        raise ValueError("--judge and --judge_checkpoint belong together: give both, or neither for no second judge")
+    judge = copy.deepcopy(config)
+    judge.recon.name, judge.recon.checkpoint = name, checkpoint
+    problems = camera_disagreement(painter_cameras(config.painter), reconstructor_cameras(judge.recon))
+    if problems:
+        raise ValueError(
+            f"--judge={name} cannot judge the painter {config.painter.name!r}: {'; '.join(problems)}; choose another "
+            f"--judge, or none"
+        )
+    return judge
+
+
+def relevant_keys(config: ConfigDict) -> dict[str, object]:
+    """{"config.KEY": value} of all keys that the numbers depend on."""
+    keys = flatten(config)
+    return {f"config.{key}": value for key, value in keys.items() if key in KEYS or key.startswith(SECTIONS)}
+
+
+def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None, device: torch.device) -> Callable:
+    """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S))."""
+    similarity = _load("--clip", CLIPSimilarity, clip, device) if clip else None
+    second = _load("--judge", load_reward, judge, device) if judge else None
+    first = load_reward(config, device)
+
+    def measure(views, captions):
+        result = first(views, captions)
+        foreground, empty = result.foreground.mean(1), result.empty.any(1).float()
+        values = {"mrc": -result.reward, "foreground": foreground, "empty": empty}
+        if second:
+            values["judge"] = -second(views, captions).reward
+        if similarity:
+            values["clip"] = similarity(views, captions)
+        return values, result.renders
+
+    return measure
+
+
+def _load(flag, load, *args):
+    """`load(*args)`, whose errors then name the flag."""
+    try:
+        return load(*args)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{flag} cannot be loaded: {error}") from error
+
+
+class Evaluation:
+    """One evaluation: checked and loaded when it is made, painted and reported by `run`."""
+
+    def __init__(self, args):
+        self.config, self.out, self.samples = config, out, samples = args.config, Path(args.out), args.samples
+        config.reward_fn, config.tracker = "mrc", "none"  # whatever the training used
+        config.prompts.test_file = args.prompts or config.prompts.test_file
+        self.accelerator = start_accelerator(config)
+        device = self.accelerator.device
+        validate(config, 1, device.type)  # as for one process: the samples need not be shared evenly
+        check_cameras(config)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"--out is {args.out!r}, which is a file: name a folder")
+        self.prompts = load_prompts(config.prompts.test_file)
+        self.models = {BASE: {}, **read_loras(args.lora)}
+        judge = judge_config(config, args.judge, args.judge_checkpoint)
+        given = {
+            "--lora": [[folder, lora["sha256"]] for folder, lora in self.models.items() if folder != BASE],
+            "--prompts": self.prompts,
+            "--samples": samples,
+            "--judge": args.judge,
+            "--judge_checkpoint": args.judge_checkpoint,
+            "--clip": args.clip,
+        }
+        self.parts = Parts(out / "parts", given | relevant_keys(config))
+        self.shown = {p * samples: p for p in range(min(args.pictures, len(self.prompts)))}  # sample -> prompt
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        self.measure = load_measure(config, judge, args.clip, device)
+        self.policy = load_painter(config, device)
+        self.policy.add_lora(config.lora.rank, config.lora.targets)
+        for folder in args.lora:
+            self.policy.load_lora(folder)  # to refuse one that does not fit before anything is painted
+
+    def run(self) -> None:
+        """Paint and score what is missing, and report."""
+        accelerator, work = self.accelerator, self.missing()
+        accelerator.wait_for_everyone()  # all have seen what there is before one adds to it
+        self.parts.open(accelerator.process_index)
+        mine = work[accelerator.process_index :: accelerator.num_processes]
+        show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
+        painting = None
+        for model, batch in tqdm.tqdm(mine, "evaluating", disable=not show_progress):
+            if model != painting:
+                self.switch_to(model)
+                painting = model
+            self.batch(model, batch)
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            self.report()
+        accelerator.end_training()
+
+    def missing(self) -> list[tuple[str, list[int]]]:
+        """(model, samples) of every batch that is not complete."""
+        rows = self.parts.rows()
+
+        def complete(model, batch):
+            pictures = [self.picture(model, i) for i in batch if i in self.shown]
+            return all((model, i) in rows for i in batch) and all(file.exists() for file in pictures)
+
+        together = batches(len(self.prompts) * self.samples, self.config.sample.batch_size)
+        return [(model, batch) for model in self.models for batch in together if not complete(model, batch)]
+
+    def switch_to(self, model: str) -> None:
+        """Let the policy paint as `model`: BASE, or the folder of a LoRA."""
+        if model == BASE:
+            self.policy.unet.disable_adapters()
+        else:
+            self.policy.unet.enable_adapters()
+            self.policy.load_lora(model)
+
+    def batch(self, model: str, batch: Sequence[int]) -> None:
+        """Paint and score the samples `batch` of `model`, to which the policy is switched."""
+        sample = self.config.sample
+        captions = [self.prompts[i // self.samples] for i in batch]
+        trajectory = rollout(
+            self.policy,
+            [caption + sample.prompt_suffix for caption in captions],
+            sample.num_steps,
+            sample.guidance_scale,
+            sample.eta,
+            # seed 0: the noise is the same in evaluations of any runs
+            [make_generator(0, EVALUATION, *divmod(i, self.samples)) for i in batch],
+            score_reference=model != BASE,
+        )
+        values, renders = self.measure(trajectory.views, captions)
+        kl = trajectory.kl(self.config.kl_estimator, self.config.train.skip_last_steps)
+        values["kl"] = torch.zeros(len(batch)) if kl is None else kl
+        for row, i in enumerate(batch):
+            if i in self.shown:
+                save_images(self.picture(model, i), views=trajectory.views[row], renders=renders[row])
+        self.parts.add(model, batch, values)
+
+    def picture(self, model: str, i: int) -> Path:
+        return self.parts.picture(list(self.models).index(model), i)
+
+    def report(self) -> None:
+        """results.json, table.md, pictures.png, and the table on the screen."""
+        summary = summarise(self.parts.rows(), self.models, len(self.prompts), self.samples)
+        results = {"settings": self.parts.settings, "models": summary}
+        write_whole(self.out / "results.json", json.dumps(results, indent=1))
+        write_whole(self.out / "table.md", table(summary))
+        if self.shown:
+            self.draw(summary)
+        print(
+            f"{table(summary)}\n\n{len(self.prompts)} prompts x {self.samples} samples, mean ± standard error over "
+            f"prompts\nwrote {self.out / 'results.json'}"
+        )
+
+    def draw(self, summary: dict[str, dict]) -> None:
+        """pictures.png: of the shown prompts the first sample by every model, painted over re-rendered."""
+        rows = {}
+        for model in summary:
+            images = [np.load(self.picture(model, i)) for i in self.shown]
+            for name, label in ROWS.items():
+                rows[f"{model}, {label}"] = torch.from_numpy(np.stack([image[name] for image in images])) / 255
+        mrc = [[result["samples"]["mrc"][p][0] for result in summary.values()] for p in self.shown.values()]
+        notes = ["MRC " + ", ".join(f"{value:.3f}" for value in values) for values in mrc]
+        partial = self.out / "tmp_pictures.png"
+        sample_picture(rows, notes, self.prompts).save(partial)
+        os.replace(partial, self.out / "pictures.png")
+
+
+def define_flags() -> None:
+    flags.DEFINE_multi_string("lora", [], "Folder of a LoRA; may be repeated.")
+    flags.DEFINE_string("prompts", "", "File with the prompts; config.prompts.test_file if empty.")
+    flags.DEFINE_integer("samples", 4, "How often each prompt is painted.", lower_bound=1)
+    flags.DEFINE_integer("pictures", 8, "How many of the prompts are shown.", lower_bound=0)
+    flags.DEFINE_enum("judge", None, CHOICES["recon.name"], "A second reconstructor.")
+    flags.DEFINE_string("judge_checkpoint", None, "Weights of the second reconstructor.")
+    flags.DEFINE_string("clip", None, "Folder or hub id of a CLIP.")
+    flags.DEFINE_string("out", "logs/evaluate", "Folder for the results.")
+
+
+def main(args) -> None:
+    """args: the parsed flags."""
+    Evaluation(args).run()
+
+
+if __name__ == "__main__":
+    cli.run("evaluate", main, "config/tiny.py", define_flags)

@@ -1,0 +1,62 @@
+"""What a GPU would be asked for: bytes of memory that are alive, and FLOPs."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+GRAIN = 512  # bytes: CUDA's allocator rounds every request up to a multiple
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of the storages on the GPU: `now`, and the most at once since `reset`, `peak`.
+
+    To be entered inside FakeTensorMode. Storages made before are not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {}
+
+    def reset(self) -> None:
+        self.peak = self.now
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+                self._add(tensor.untyped_storage())
+        return out
+
+    def _add(self, storage):
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = -(-storage.nbytes() // GRAIN) * GRAIN
+        self.now += self._sizes[key]
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, key)
+
+    def _remove(self, key):
+        self.now -= self._sizes.pop(key)
+
+
+class Flops(TorchDispatchMode):
+    """FLOPs of matrix products, convolutions and attention, `total`; a multiplication and an addition are two.
+
+    In place of torch's FlopCounterMode, whose hooks keep alive what gradient checkpointing recomputes, so that memory
+    could not be measured at the same time."""
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        count = flop_registry.get(func._overloadpacket)
+        if count is not None:
+            self.total += count(*args, **kwargs, out_val=out)
+        return out

@@ -1,0 +1,204 @@
+"""Full-size painters and reconstructors without weights, put where the trainer would load them from files.
+
+Their architecture follows from config.painter.name and config.recon.name; where pretrained.model, pretrained.vae or
+recon.checkpoint is a local folder, from the config.json files in it. No file of weights is needed.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from diffusers_patch import loading, mvdream, mvdream_checkpoints
+from mrc import lpips
+from recon.grm import GRM
+from recon.lgm import LGM
+from recon.openlrm import OPTIONS as OPENLRM_OPTIONS
+from recon.openlrm import OpenLRM
+from recon.tiny_lrm import TinyLRM
+
+SDXL_UNET = {
+    "sample_size": 128,  # a grid of 1024 x 1024 pixels
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": [320, 640, 1280],
+    "layers_per_block": 2,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 1024,
+    "scaling_factor": 0.13025,
+    "force_upcast": True,
+}
+CLIP_L = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "hidden_act": "quick_gelu",
+}
+CLIP_BIG_G = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 20,
+    "projection_dim": 1280,
+    "hidden_act": "gelu",
+}
+GRM_U = {  # the published GRM for Instant3D's four views
+    "in_channels": 3,
+    "input_res": 512,
+    "patch_size": 16,
+    "layers": 24,
+    "width": 1024,
+    "window_size": 4096,
+    "decoder_ratio": 3,
+}
+
+
+def install() -> None:
+    """From now on `load_painter`, `load_reconstructor` and `LPIPS` make models without reading weights."""
+    loading.load_scheduler = _scheduler
+    loading.load_vae = _vae
+    loading.weights_variant = lambda pretrained: None
+    loading.fuse_lora = lambda pipeline, folder: None
+    for name, load_pipeline in PIPELINES.items():
+        loading.PAINTERS[name] = replace(loading.PAINTERS[name], load_pipeline=load_pipeline)
+    for model, make in MAKE_RECONSTRUCTOR.values():
+        model.from_pretrained = staticmethod(make)
+    lpips.load_file = lambda file: {}
+    lpips.LPIPS.load_state_dict = lambda self, state: None
+
+
+# -- painters ---------------------------------------------------------------------------------------------------------
+
+
+class Tokens:
+    """A tokenizer without a vocabulary: every prompt is `model_max_length` times the same token."""
+
+    added_tokens_encoder = {}
+
+    def __init__(self, model_max_length):
+        self.model_max_length = model_max_length
+
+    def tokenize(self, prompt):  # asked for in search of textual inversion tokens
+        return []
+
+    def __call__(self, prompts, **_):
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        ids = torch.ones(count, self.model_max_length, dtype=torch.long)
+        return SimpleNamespace(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def _sdxl_pipeline(pretrained, scheduler, **_):
+    first = CLIPTextConfig(**_read(pretrained, "text_encoder", CLIP_L))
+    second = CLIPTextConfig(**_read(pretrained, "text_encoder_2", CLIP_BIG_G))
+    return StableDiffusionXLPipeline(
+        unet=UNet2DConditionModel.from_config(_read(pretrained, "unet", SDXL_UNET)),
+        vae=AutoencoderKL.from_config(_read(pretrained, "vae", SDXL_VAE)),
+        text_encoder=CLIPTextModel(first),
+        text_encoder_2=CLIPTextModelWithProjection(second),
+        tokenizer=Tokens(first.max_position_embeddings),
+        tokenizer_2=Tokens(second.max_position_embeddings),
+        scheduler=scheduler,
+        add_watermarker=False,
+    )
+
+
+def _mvdream_pipeline(pretrained, scheduler, **_):
+    unet = _read(pretrained, "unet", mvdream.UNET_CONFIG)
+    if "context_dim" in unet:  # the layout of ashawkey/mvdream-sd2.1-diffusers
+        unet = mvdream.UNET_CONFIG | mvdream_checkpoints.stock_unet_config(unet)
+    text = CLIPTextConfig(**_read(pretrained, "text_encoder", mvdream_checkpoints.TEXT_ENCODER))
+    return StableDiffusionPipeline(
+        unet=UNet2DConditionModel.from_config(unet),
+        vae=AutoencoderKL.from_config(_read(pretrained, "vae", mvdream_checkpoints.VAE)),
+        text_encoder=CLIPTextModel(text),
+        tokenizer=Tokens(text.max_position_embeddings),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+PIPELINES = {"mv_sdxl": _sdxl_pipeline, "mvdream": _mvdream_pipeline}
+
+
+def _scheduler(pretrained):
+    default = mvdream_checkpoints.SCHEDULER  # Stable Diffusion's, which SDXL has as well
+    return DDIMScheduler.from_config(_read(pretrained, "scheduler", default, "scheduler_config.json"))
+
+
+def _vae(source):
+    """Another VAE in place of the painter's own; those that a hub offers are SDXL's, mended for half precision."""
+    file = Path(source) / "config.json"
+    config = json.loads(file.read_text()) if file.is_file() else SDXL_VAE | {"force_upcast": False}
+    return AutoencoderKL.from_config(config)
+
+
+def _read(pretrained, part, default, file_name="config.json"):
+    file = Path(pretrained.model) / part / file_name
+    return json.loads(file.read_text()) if file.is_file() else default
+
+
+# -- reconstructors ---------------------------------------------------------------------------------------------------
+
+
+def _tiny_lrm(checkpoint):
+    return TinyLRM(**(_read_folder(checkpoint) or {}))
+
+
+def _lgm(checkpoint):
+    return LGM()  # "big", the published one
+
+
+def _grm(checkpoint):
+    config = _read_folder(checkpoint) or {"visual": GRM_U, "render": None}
+    return GRM(render=config["render"], **config["visual"])
+
+
+def _openlrm(checkpoint):
+    """Of the size that a hub id names, as in zxhezexin/openlrm-mix-base-1.1; "base" if it names none."""
+    named = next((size for size in OPENLRM_OPTIONS if f"-{size}-" in str(checkpoint)), "base")
+    return OpenLRM(**(_read_folder(checkpoint) or OPENLRM_OPTIONS[named]))
+
+
+# config.recon.name -> class, and checkpoint -> model
+MAKE_RECONSTRUCTOR: dict[str, tuple[type[nn.Module], Callable]] = {
+    "tiny_lrm": (TinyLRM, _tiny_lrm),
+    "lgm": (LGM, _lgm),
+    "grm": (GRM, _grm),
+    "openlrm": (OpenLRM, _openlrm),
+}
+
+
+def _read_folder(checkpoint):
+    file = Path(checkpoint) / "config.json"
+    return json.loads(file.read_text()) if file.is_file() else None
