@@ -117,6 +117,24 @@ def test_every_weight_of_the_full_size_is_used_or_known_to_be_superfluous(publis
     }
 
 
+def test_what_no_shape_shows_is_as_published():
+    """Wrong values of these would load, and paint noise: they are those of the small model of the published code."""
+    for part, keys in {
+        "vae": ["scaling_factor"],
+        "text_encoder": ["hidden_act"],
+        "text_encoder_2": ["hidden_act"],
+        "unet": ["addition_embed_type"],
+    }.items():
+        assert [CONFIGS[part][key] for key in keys] == [TINY.configs[part][key] for key in keys]
+    unet, clip, openclip = (CONFIGS[part] for part in ("unet", "text_encoder", "text_encoder_2"))
+    # attention heads of 64 channels everywhere; `attention_head_dim` counts them
+    assert [width // 64 for width in unet["block_out_channels"]] == unet["attention_head_dim"]
+    assert [text["hidden_size"] // text["num_attention_heads"] for text in (clip, openclip)] == [64, 64]
+    ids = ("bos_token_id", "eos_token_id", "vocab_size")
+    assert [[text[key] for key in ids] for text in (clip, openclip)] == [[49406, 49407, 49408]] * 2
+    assert CONFIGS["vae"]["force_upcast"] and 8 * unet["sample_size"] == 1024
+
+
 def test_what_a_conversion_drops_is_noticed():
     weights = {"a": torch.ones(4, 2), "b": torch.ones(2), "c": torch.ones(())}
     assert unused_keys(lambda w: {"x": w["a"][:2].clone(), "y": w["a"][2:].T.contiguous(), "z": None}, weights) == [
