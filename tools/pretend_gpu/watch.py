@@ -34,15 +34,15 @@ SCALAR = "a scalar is read"
 NONZERO = "nonzero"
 MASK = "a boolean mask"
 UPLOAD = "a copy to the GPU"
-PINNED_UPLOAD = "a copy to the GPU from pinned memory, not waited for"
 DOWNLOAD = "a copy to the host"
+UNWAITED = "a copy from or to pinned memory, not waited for"
 
 
 @dataclass(frozen=True)
 class Wait:
-    """Something for which the host waits for the GPU, or the GPU for the host.
+    """Something for which the host waits for the GPU, or the GPU for the host (but for `UNWAITED`).
 
-    kind: one of the above. place: "file:line" of the repository, and of the library below it if there is one."""
+    kind: one of the above; place: "file:line" of the repository, and of the library below it if there is one."""
 
     kind: str
     place: str
@@ -139,15 +139,20 @@ class Watch(TorchDispatchMode):
         return replaced
 
     def _copy(self, name, args, kwargs):
-        target, source = args[:2] if name == "copy_" else (kwargs.get("device") or args[0].device, args[0])
-        target = target.device if isinstance(target, torch.Tensor) else torch.device(target)
-        if target.type == source.device.type:
-            return
-        waited_for = not (kwargs.get("non_blocking") or (name == "copy_" and args[2:] == (True,)))
-        if target.type == "cuda":
-            self.note(UPLOAD if waited_for or not source.is_pinned() else PINNED_UPLOAD)
+        """Only pinned memory can be copied while the host goes on, and only if it is asked to."""
+        if name == "copy_":
+            target, source = args[:2]
+            device, pinned = target.device, target.is_pinned() or source.is_pinned()
+            asked = kwargs.get("non_blocking") or args[2:] == (True,)
         else:
-            self.note(DOWNLOAD)
+            source, asked = args[0], kwargs.get("non_blocking")
+            device, pinned = torch.device(kwargs.get("device") or source.device), source.is_pinned()
+        if device.type == source.device.type:
+            return
+        if asked and pinned:
+            self.note(UNWAITED)
+        else:
+            self.note(UPLOAD if device.type == "cuda" else DOWNLOAD)
 
 
 def _all_indices(mask):
