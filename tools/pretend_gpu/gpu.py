@@ -3,9 +3,10 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 
+import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tools.pretend_gpu import models, patches
 from tools.pretend_gpu.meters import Flops, Memory
@@ -20,14 +21,33 @@ class NoData(FakeTensorMode):
 
     avoid_device_init = True
 
+    def __deepcopy__(self, memo):
+        return self  # a copy of a tensor stays in the same mode
 
-@dataclass(frozen=True)
-class PretendGPU:
-    """What the pretend GPU has seen; see `tools.pretend_gpu.meters` and `tools.pretend_gpu.watch`."""
 
-    watch: Watch
-    memory: Memory
-    flops: Flops
+class PretendGPU(TorchDispatchMode):
+    """Shows every operation to `watch`, `memory` and `flops`. To be entered inside `NoData`.
+
+    One mode for all three, because every mode costs time with every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.watch, self.memory, self.flops = Watch(), Memory(), Flops()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:  # half of all calls, so not worth the way through FakeTensorMode
+            return args[0].fake_device
+        kwargs = kwargs or {}
+        operation = func.overloadpacket
+        name = operation.__name__
+        out = self.watch.answer(name, args)
+        if out is NotImplemented:
+            args = self.watch.check(name, args, kwargs)
+            out = func(*args, **kwargs)
+            self.watch.after(name, kwargs, out)
+            self.flops.after(operation, args, kwargs, out)
+        self.memory.after(out)
+        return out
 
 
 @contextlib.contextmanager
@@ -35,9 +55,9 @@ def pretend_gpu() -> Iterator[PretendGPU]:
     """Inside, tensors hold no data, may be on `GPU`, and models are made at full size without weights.
 
     Once per process: what the trainer loads and parts of torch stay replaced (see `patches` and `models`)."""
-    gpu = PretendGPU(Watch(), Memory(), Flops())
+    gpu = PretendGPU()
     patches.apply(gpu.watch)
     models.install()
-    with warnings.catch_warnings(), NoData(), gpu.memory, gpu.flops, gpu.watch:
+    with warnings.catch_warnings(), NoData(), gpu:
         warnings.simplefilter("ignore")  # torch's, of missing drivers
         yield gpu

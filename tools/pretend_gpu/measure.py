@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from accelerate.state import AcceleratorState
 from ml_collections import ConfigDict
+from torch.utils._pytree import tree_leaves
 
 import recon.openlrm
 import recon.tiny_lrm
@@ -139,9 +140,7 @@ class _Bench:
             "sampling": weights + sampling,
             "decode": weights + working["decode"] + working["a batch of all steps"],
             "reward": weights + working["reward"] + working["a batch of all steps"],
-            "update": weights
-            + working["update"]
-            + _bytes(trajectory) // config.sample.batch_size * config.train.batch_size,
+            "update": weights + working["update"] + per_sample * config.train.batch_size,
         }
         if calibrates:
             peak["calibration"] = weights + working["calibration"] + working["calibration of all steps"]
@@ -228,9 +227,9 @@ def _resized(trajectory: Trajectory, count: int) -> Trajectory:
 
 
 def _bytes(trajectory: Trajectory) -> int:
+    """Of all its tensors, wherever they are."""
     values = [getattr(trajectory, f.name) for f in fields(Trajectory)]
-    tensors = [t for v in values for t in (v.values() if isinstance(v, dict) else [v]) if isinstance(t, torch.Tensor)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, torch.Tensor))
 
 
 @contextlib.contextmanager

@@ -1,34 +1,30 @@
 """What a GPU would be asked for: bytes of memory that are alive, and FLOPs."""
 
 import weakref
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 GRAIN = 512  # bytes: CUDA's allocator rounds every request up to a multiple
 
 
-class Memory(TorchDispatchMode):
-    """Bytes of the storages on the GPU: `now`, and the most at once since `reset`, `peak`.
-
-    To be entered inside FakeTensorMode. Storages made before are not seen."""
+class Memory:
+    """Bytes of the storages on the GPU: `now`, and the most at once since `reset`, `peak`."""
 
     def __init__(self):
-        super().__init__()
         self.now = self.peak = 0
         self._sizes = {}
 
     def reset(self) -> None:
         self.peak = self.now
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
+    def after(self, out: Any) -> None:
+        """Count the storages of an operation's result that are new."""
+        for tensor in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
                 self._add(tensor.untyped_storage())
-        return out
 
     def _add(self, storage):
         key = storage._cdata
@@ -43,20 +39,17 @@ class Memory(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-class Flops(TorchDispatchMode):
+class Flops:
     """FLOPs of matrix products, convolutions and attention, `total`; a multiplication and an addition are two.
 
     In place of torch's FlopCounterMode, whose hooks keep alive what gradient checkpointing recomputes, so that memory
     could not be measured at the same time."""
 
     def __init__(self):
-        super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        count = flop_registry.get(func._overloadpacket)
+    def after(self, operation: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Count an operation (an overload packet of torch.ops) that gave `out`."""
+        count = flop_registry.get(operation)
         if count is not None:
             self.total += count(*args, **kwargs, out_val=out)
-        return out

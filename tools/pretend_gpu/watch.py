@@ -4,12 +4,12 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).parents[2]
 HARNESS = str(Path(__file__).parent)
 
 # kernels that take no operands of different types
@@ -62,44 +62,46 @@ def place() -> str:
     return library or "nowhere"
 
 
-class Watch(TorchDispatchMode):
-    """Sees every operation. To be entered inside FakeTensorMode.
+class Watch:
+    """Looks at every operation before it runs, and answers what only data could.
 
     waits: list of `Wait`, in order. problems: {"what at place": count}, what CUDA would refuse and FakeTensorMode, or
     autocast on a CPU build, lets pass."""
 
     def __init__(self):
-        super().__init__()
         self.waits, self.problems = [], Counter()
 
     def note(self, kind: str) -> None:
         self.waits.append(Wait(kind, place()))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # half of all calls: not worth the way through the other modes
-            return args[0].fake_device
-        name = func.overloadpacket.__name__
-        if name in ONE_DTYPE:
-            self._check_dtypes(name, tree_leaves((args, kwargs)))
-        elif name == "_local_scalar_dense":
+    def answer(self, name: str, args: tuple) -> Any:
+        """The result of the operation `name` if it depends on data, else NotImplemented."""
+        if name == "_local_scalar_dense":
             return self._scalar(args[0])
-        elif name == "equal":
+        if name == "equal":
             self._note_on_gpu(SCALAR, args[0])
             return True
-        elif name == "nonzero":
+        if name == "nonzero":
             self._note_on_gpu(NONZERO, args[0])
             return _all_indices(args[0])
+        return NotImplemented
+
+    def check(self, name: str, args: tuple, kwargs: dict) -> tuple:
+        """The arguments of the operation `name`, without what depends on data."""
+        if name in ONE_DTYPE:
+            self._check_dtypes(name, tree_leaves((args, kwargs)))
         elif name in INDEXING:
-            args = (args[0], self._indices(args[0], args[1]), *args[2:])
+            return args[0], self._indices(args[0], args[1]), *args[2:]
         elif name in ("_to_copy", "copy_"):
             self._copy(name, args, kwargs)
-        out = func(*args, **kwargs)
-        if kwargs.get("pin_memory"):
-            out.untyped_storage().pinned = True
+        return args
+
+    def after(self, name: str, kwargs: dict, out: Any) -> None:
+        """Remember of a result what a later operation must know."""
         if name in USUALLY_FALSE and isinstance(out, torch.Tensor):
             out.usually_false = True
-        return out
+        if kwargs.get("pin_memory"):
+            out.untyped_storage().pinned = True
 
     def _note_on_gpu(self, kind, tensor):
         if tensor.device.type == "cuda":
