@@ -22,7 +22,7 @@ from ddpo.update import update
 from diffusers_patch.loading import load_painter, make_trainable
 from mrc import LPIPS, MRC
 from mrc.rewards import ImageResult
-from recon import load_reconstructor
+from recon import RECONSTRUCTORS, load_reconstructor
 from tools.pretend_gpu.gpu import GPU, pretend_gpu
 
 STEPS = 2
@@ -110,17 +110,26 @@ def painter(run, precision, checkpointing=False):
         }
 
 
-def reconstructor(name, dtype):
-    """MRC of two samples by a full-size reconstructor."""
+def reconstructors(dtype):
+    """MRC of two samples by a full-size reconstructor of every kind: {name: what was found}."""
+    found = {}
     with pretend_gpu() as gpu:
-        settings = dgx.carve3d_train().recon
-        settings.name, settings.checkpoint, settings.dtype = name, name, dtype
-        settings.chunk_size, settings.render_size = 2**22, 128
-        judge = MRC(load_reconstructor(settings, GPU), LPIPS().to(GPU), render_size=128)
-        result = judge(torch.rand(2, 4, 3, 256, 256, device=GPU))
-        places = {str(value.device) for value in (result.reward, result.lpips, result.renders, result.empty)}
-        shapes = [tuple(result.reward.shape), tuple(result.renders.shape)]
-        return {"problems": list(gpu.watch.problems), "devices": sorted(places), "shapes": shapes}
+        views = torch.rand(2, 4, 3, 256, 256, device=GPU)
+        for name in RECONSTRUCTORS:
+            settings = dgx.carve3d_train().recon
+            settings.name, settings.checkpoint, settings.dtype = name, name, dtype
+            settings.chunk_size, settings.render_size = 2**22, 128
+            judge = MRC(load_reconstructor(settings, GPU), LPIPS().to(GPU), render_size=128)
+            gpu.watch.problems.clear()
+            gpu.watch.waits.clear()
+            result = judge(views)
+            found[name] = {
+                "problems": list(gpu.watch.problems),
+                "devices": sorted({str(value.device) for value in vars(result).values()}),
+                "shapes": [tuple(result.reward.shape), tuple(result.renders.shape)],
+                "waits": [f"{wait.kind} at {wait.place}" for wait in gpu.watch.waits],
+            }
+    return found
 
 
 def trainer(run, precision, folder):
@@ -136,6 +145,8 @@ def trainer(run, precision, folder):
         prompts = settings.prompts
         prompts.train_file = prompts.val_file = prompts.test_file = str(folder / "prompts.txt")
         prompts.num_train, settings.run_name = 2, "run"
+        settings.sample.batch_size, settings.sample.num_batches_per_epoch = 4, 1  # a pass costs the same for any batch
+        settings.train.skip_last_steps = 1
         training = Run(settings)
         training.validation()
         for epoch in (0, 1):
@@ -170,6 +181,10 @@ def faults():
         attempt("cameras on the CPU", lambda: model.reconstruct(views, model.input_cameras()))
         layer = torch.nn.Linear(8, 8).half().to(GPU)
         attempt("float32 into a half-precision layer", lambda: layer(torch.rand(2, 8, device=GPU)))
+        trained, activations = torch.nn.Linear(8, 8).to(GPU), torch.rand(2, 8, device=GPU).half()
+        attempt("no autocast around float32 weights", lambda: trained(activations))
+        with torch.autocast("cuda", torch.float16):
+            attempt("none, with autocast", lambda: trained(activations))
         table, index = torch.rand(10), torch.arange(3, device=GPU)
         attempt("a table on the CPU indexed from the GPU", lambda: table[index])
         on_gpu = torch.rand(10, device=GPU)
@@ -185,7 +200,7 @@ def faults():
         return {"problems": [], "faults": found}
 
 
-CASES = {"painter": painter, "reconstructor": reconstructor, "trainer": trainer, "faults": faults}
+CASES = {"painter": painter, "reconstructors": reconstructors, "trainer": trainer, "faults": faults}
 
 if __name__ == "__main__":
     print(json.dumps(CASES[sys.argv[1]](*sys.argv[2:])))

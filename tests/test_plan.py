@@ -1,5 +1,6 @@
 """The plan of a run: what it costs, and which key mends what does not fit."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -42,6 +43,30 @@ def test_a_stage_that_does_not_fit_is_refused():
         check_memory(peak, 5 * GIB, config, memory=24)
     with pytest.raises(ValueError, match="more GPUs, or larger ones"):
         check_memory(peak, 30 * GIB, config, memory=24)
+
+
+def test_without_a_compiler_it_says_what_is_missing(tmp_path):
+    run = [sys.executable, "-m", "tools.plan", "--config", "config/dgx.py:mvdream_lgm"]
+    environment = os.environ | {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "plan: the pretend GPU is compiled once by g++, which is not installed: install it\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend GPU is compiled by g++")
+def test_the_published_run():
+    run = [sys.executable, "-m", "tools.plan", "--config", "config/dgx.py:carve3d_train", "--gpus", "48"]
+    done = subprocess.run([*run, "--config.recon.name=grm"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    memory, flops = done.stdout.split("TFLOP per sample")
+    gib = {name: float(value) for name, value in re.findall(r"^  ([\w ]+?) +(\d+\.\d\d)", memory, flags=re.M)}
+    tflop = {name: float(value.replace(",", "")) for name, value in re.findall(r"^  (\w+) +(\S+)$", flops, flags=re.M)}
+    # saved for the backward pass of 4 samples without checkpointing, and the network at work
+    assert gib["update"] - gib["weights"] == pytest.approx(58.7, rel=0.02)
+    assert tflop["policy"] == pytest.approx(1354, rel=0.02)  # 100 guided passes of 13.5
+    assert tflop["update"] == pytest.approx(2898, rel=0.02)  # and 100 backward passes of 15.4
+    assert tflop["all"] == pytest.approx(5621, rel=0.02) and "10.9 hours" in flops
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend GPU is compiled by g++")
