@@ -14,6 +14,7 @@ turn rewards and KL into advantages, update the LoRA. The first epoch only fills
 import os
 import sys
 import time
+from functools import partial
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import names every optional package that is missing
 
@@ -75,6 +76,8 @@ class Run:
         self.trackers = make_trackers(config)
         self.score_reference = config.kl_penalty or config.log_kl
         self.show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
+        switches = {"score_reference": self.score_reference, "show_progress": self.show_progress}
+        self.collect_samples = partial(collect_samples, self.policy, self.reward_fn, config=config, **switches)
         self.epochs_done, self.kl = 0, 0.0  # kl: mean over the last epoch
 
         self.log = RunLog(self.folder, accelerator, config)
@@ -111,7 +114,7 @@ class Run:
         local = local_slice(len(prompts), accelerator)
         generators = [make_generator(config.seed, NOISE, epoch, i) for i in range(local.start, local.stop)]
         shown = config.sample.save_images if accelerator.is_main_process and epoch % config.save_freq == 0 else 0
-        samples = self.collect_samples(prompts[local], generators, shown)
+        samples = self.collect_samples(prompts[local], generators, keep_images=shown)
 
         gathered = gather_scores(samples, accelerator)
         advantages = compute_advantages(
@@ -167,10 +170,6 @@ class Run:
             samples = self.collect_samples([prompts[i] for i in local], generators, keep_images=len(local))
             self.log.validation_images(self.epochs_done, local, samples.images)
         self.log.validation(self.epochs_done, gather_uneven_scores(samples, local), prompts)
-
-    def collect_samples(self, prompts, generators, keep_images):
-        models, switches = (self.policy, self.reward_fn), (self.score_reference, keep_images, self.show_progress)
-        return collect_samples(*models, prompts, generators, self.config, *switches)
 
     def save(self):
         """The LoRA for stock diffusers, the curves, and last, because it says that all is there, a checkpoint."""

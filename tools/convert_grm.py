@@ -8,6 +8,7 @@ config.recon.name = "grm". No code in SOURCE, which is a pickle, is run. Without
 
 import argparse
 
+from config.cli import one_sentence
 from recon.grm_checkpoint import convert
 
 
@@ -16,10 +17,8 @@ def main() -> None:
     parser.add_argument("source", help="the published file")
     parser.add_argument("out", help="the folder to write")
     args = parser.parse_args()
-    try:
+    with one_sentence("tools.convert_grm"):
         unused = convert(args.source, args.out)
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"tools.convert_grm: {error}") from None
     print(f"Wrote {args.out}. Parameters of its configuration that are not needed: {', '.join(unused) or 'none'}.")
 
 
