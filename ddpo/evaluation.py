@@ -75,20 +75,13 @@ class Parts:
 
     def picture(self, model: int, sample: int) -> Path:
         """File of the images of a sample by the model of that number."""
-        return self.folder / f"model_{model:03d}_sample_{sample:06d}.npz"
+        return self.folder / f"model_{model:03d}_sample_{sample:06d}.png"
 
 
 def write_whole(file: Path, text: str) -> None:
     """Write a text file that is never seen half-written."""
     partial = file.with_name(f"tmp_{file.name}")
     partial.write_text(text + "\n")
-    os.replace(partial, file)
-
-
-def save_images(file: Path, **images: torch.Tensor) -> None:
-    """Write images in [0, 1] as bytes into an .npz file that is never seen half-written."""
-    partial = file.with_name(f"tmp_{file.name}")
-    np.savez_compressed(partial, **{name: (v * 255).round().byte().cpu().numpy() for name, v in images.items()})
     os.replace(partial, file)
 
 
@@ -123,6 +116,7 @@ def paired_p_value(a: np.ndarray, b: np.ndarray) -> float:
     """Two-sided p value of the paired t-test of (N,) and (N,), N >= 2.
 
     1 if they are equal and 0 if they differ by a constant, where scipy would divide by zero."""
+    a, b = np.asarray(a), np.asarray(b)
     if np.ptp(a - b) == 0:
         return float(a[0] == b[0])
     return float(ttest_rel(a, b).pvalue)

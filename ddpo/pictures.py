@@ -1,6 +1,7 @@
 """Samples as pictures: views object by object, such as painted views over re-rendered views."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -38,12 +39,21 @@ def sample_picture(
     return canvas
 
 
+def to_bytes(images: torch.Tensor) -> torch.Tensor:
+    """Images in [0, 1] on any device -> uint8 in host memory."""
+    return (images * 255).round().byte().cpu()
+
+
 def save_views(rows: dict[str, torch.Tensor], file: Path) -> None:
-    """Write a sample's rows of views, label -> (V, 3, S, S) uint8, as a PNG: one strip above the other, all pixels."""
+    """Write a sample's rows of views, label -> (V, 3, S, S) uint8, as a PNG: one strip above the other, all pixels.
+
+    The file is never seen half-written."""
     pixels = torch.cat([_pixels(views) for views in rows.values()])
     text = PngInfo()
     text.add_text("rows", json.dumps({label: len(views) for label, views in rows.items()}))
-    Image.fromarray(pixels.cpu().numpy()).save(file, pnginfo=text)
+    partial = file.with_name(f"tmp_{file.name}")
+    Image.fromarray(pixels.cpu().numpy()).save(partial, pnginfo=text)
+    os.replace(partial, file)
 
 
 def load_views(file: Path) -> dict[str, torch.Tensor]:

@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ddpo.pictures import to_bytes
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
 from prompts.dataset import PromptDataset
@@ -82,7 +83,9 @@ def collect_samples(
         middle = time.perf_counter()
         result = reward_fn(trajectory.views, prompts[batch])
         if first < keep_images:
-            images.append(_to_bytes(trajectory.views, result.renders, keep_images - first))
+            kept = {"views": trajectory.views, "renders": result.renders}
+            kept = {name: value[: keep_images - first] for name, value in kept.items() if value is not None}
+            images.append({name: to_bytes(value) for name, value in kept.items()})
         trajectories.append(replace(trajectory, views=None).to("cpu"))
         results.append(replace(result, renders=None))
         seconds["sampling"] += middle - start
@@ -103,12 +106,6 @@ def collect_samples(
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
     )
-
-
-def _to_bytes(views, renders, count):
-    """The first `count` samples of views and renders as uint8 in host memory; no entry where there are no renders."""
-    images = {"views": views, "renders": renders}
-    return {name: (value[:count] * 255).round().byte().cpu() for name, value in images.items() if value is not None}
 
 
 def local_slice(num_samples: int, accelerator: Accelerator) -> slice:

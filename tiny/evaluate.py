@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from scipy.stats import sem, ttest_rel
+from scipy.stats import sem
 
 from config import base
+from ddpo.evaluation import paired_p_value
 from ddpo.pictures import load_views
 from mrc.bounding_box import foreground_mask
 from tiny.classifier import Classifier, caption_agreement
@@ -85,22 +86,12 @@ def compare(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> 
             "difference": difference,
             "difference_se": float(sem(b - a)),
             "relative": difference / abs(float(a.mean())) if a.mean() != 0 else None,
-            "p": paired_p_value(a, b),
+            "p": paired_p_value(b, a),
         }
     good = before["defective"] == 0
     result["good_grids_broken"] = _count(after["defective"][good] == 1)
     result["bad_grids_repaired"] = _count(after["defective"][~good] == 0)
     return result
-
-
-def paired_p_value(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Two-sided p value of the paired t-test of (N,) and (N,), N >= 2.
-
-    1 if nothing changed and 0 if everything changed by the same amount, where scipy would divide by zero."""
-    difference = after - before
-    if (difference == difference[0]).all():
-        return 1.0 if difference[0] == 0 else 0.0
-    return float(ttest_rel(after.numpy(), before.numpy()).pvalue)
 
 
 def _count(happened):

@@ -41,7 +41,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 import tqdm
 from absl import flags
@@ -51,8 +50,8 @@ from safetensors.torch import load_file
 
 from config import cli
 from config.validate import CHOICES, flatten, validate
-from ddpo.evaluation import BASE, SWEPT, Parts, batches, save_images, summarise, table, write_whole
-from ddpo.pictures import sample_picture
+from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table, write_whole
+from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import start_accelerator
@@ -266,7 +265,8 @@ class Evaluation:
         values["kl"] = torch.zeros(len(batch)) if kl is None else kl
         for row, i in enumerate(batch):
             if i in self.shown:
-                save_images(self.picture(model, i), views=trajectory.views[row], renders=renders[row])
+                images = {"views": to_bytes(trajectory.views[row]), "renders": to_bytes(renders[row])}
+                save_views(images, self.picture(model, i))
         self.parts.add(model, batch, values)
 
     def picture(self, model: str, i: int) -> Path:
@@ -289,9 +289,9 @@ class Evaluation:
         """pictures.png: of the shown prompts the first sample by every model, painted over re-rendered."""
         rows = {}
         for model in summary:
-            images = [np.load(self.picture(model, i)) for i in self.shown]
+            images = [load_views(self.picture(model, i)) for i in self.shown]
             for name, label in ROWS.items():
-                rows[f"{model}, {label}"] = torch.from_numpy(np.stack([image[name] for image in images])) / 255
+                rows[f"{model}, {label}"] = torch.stack([image[name] for image in images]) / 255
         mrc = [[result["samples"]["mrc"][p][0] for result in summary.values()] for p in self.shown.values()]
         notes = ["MRC " + ", ".join(f"{value:.3f}" for value in values) for values in mrc]
         partial = self.out / "tmp_pictures.png"
