@@ -21,7 +21,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import names 
 import torch
 
 from config import cli
-from config.batches import batch_table
+from config.batches import batch_table, gradients_while_painting
 from config.validate import validate
 from ddpo.advantages import compute_advantages
 from ddpo.calibration import StepCalibration, check_clip_range
@@ -31,6 +31,7 @@ from ddpo.sampling import (
     NOISE,
     SHUFFLE_ADVANTAGES,
     SHUFFLE_SAMPLES,
+    STEPS,
     VALIDATION,
     collect_samples,
     epoch_prompts,
@@ -41,7 +42,7 @@ from ddpo.sampling import (
 )
 from ddpo.setup import make_optimizer, start_accelerator, start_tracker
 from ddpo.stat_tracking import make_trackers
-from ddpo.update import update
+from ddpo.update import update, update_from_gradients
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from mrc.rewards import load_reward
 from prompts.dataset import PromptDataset
@@ -70,7 +71,8 @@ class Run:
         suffix = config.sample.prompt_suffix
         self.policy.encode([prompt + suffix for prompt in (*self.prompts.train_set, *self.prompts.val_set)])
         make_trainable(self.policy, config)
-        check_clip_range(self.policy, self.prompts.train_set, config)
+        if not gradients_while_painting(config):  # nothing is clipped where every ratio is 1
+            check_clip_range(self.policy, self.prompts.train_set, config)
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.trackers = make_trackers(config)
@@ -114,7 +116,13 @@ class Run:
         local = local_slice(len(prompts), accelerator)
         generators = [make_generator(config.seed, NOISE, epoch, i) for i in range(local.start, local.stop)]
         shown = config.sample.save_images if accelerator.is_main_process and epoch % config.save_freq == 0 else 0
-        samples = self.collect_samples(prompts[local], generators, keep_images=shown)
+        samples = self.collect_samples(
+            prompts[local],
+            generators,
+            keep_images=shown,
+            step_generator=make_generator(config.seed, STEPS, epoch, accelerator.process_index),
+            backward=accelerator.backward if epoch > 0 and gradients_while_painting(config) else None,
+        )
 
         gathered = gather_scores(samples, accelerator)
         advantages = compute_advantages(
@@ -137,26 +145,20 @@ class Run:
         start = time.perf_counter()
         updates = []
         if epoch > 0:  # the first epoch only fills the trackers
-            updates = self.update(epoch, samples.trajectory, advantages[local])
+            updates = self.update(epoch, samples, advantages[local])
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         learning_rate = self.optimizer.param_groups[0]["lr"]
         self.log.epoch(epoch, samples, prompts[local], gathered, updates, learning_rate, seconds)
 
-    def update(self, epoch, trajectory, advantages):
+    def update(self, epoch, samples, advantages):
         """The updates of an epoch: one dict of statistics per optimizer step."""
         generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch, self.accelerator.process_index)
-        self.calibration.start(trajectory)
-        return update(
-            self.policy,
-            self.optimizer,
-            self.accelerator,
-            trajectory,
-            advantages,
-            self.config,
-            generator,
-            self.calibration.after_update,
-            self.show_progress,
-        )
+        self.calibration.start(samples.trajectory)
+        learner = self.policy, self.optimizer, self.accelerator
+        after = self.calibration.after_update
+        if samples.gradients is not None:
+            return update_from_gradients(*learner, samples.gradients, advantages, self.config, after)
+        return update(*learner, samples.trajectory, advantages, self.config, generator, after, self.show_progress)
 
     def validation(self):
         """Paint the validation prompts with noise that is the same in every run: results differ by weights alone.

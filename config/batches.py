@@ -53,6 +53,17 @@ def trained_steps(config: ConfigDict) -> int:
     return int(trainable_steps(config) * config.train.timestep_fraction)
 
 
+def reference_steps(config: ConfigDict) -> int:
+    """Denoising steps of a trajectory at which the base model is asked: at least 1 of the trainable ones."""
+    return max(1, int(trainable_steps(config) * config.kl_timestep_fraction))
+
+
+def gradients_while_painting(config: ConfigDict) -> bool:
+    """Whether an epoch's only update takes its gradients from the painting passes, once the batches are derived."""
+    kl_in_loss = config.kl_penalty and not config.kl_in_reward
+    return config.train.gradients_while_painting and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss
+
+
 def batch_table(config: ConfigDict, num_processes: int) -> str:
     """What an epoch is made of, as text for the first lines of a run: samples, updates, on-policy or not."""
     derive_batches(config, num_processes)
@@ -61,6 +72,8 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
     steps = trained_steps(config)
     if updates == 1:
         policy = "purely on-policy (one update on each epoch's own samples)"
+        if gradients_while_painting(config):
+            policy += ", its gradients taken while painting"
     else:
         policy = f"off-policy after the first of {updates} updates on the same samples"
     rows = [

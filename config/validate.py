@@ -86,6 +86,7 @@ RANGES = {
     "train.adv_clip_max": "(0, inf)",
     "train.clip_range": "(0, 1)",
     "train.timestep_fraction": "(0, 1]",
+    "kl_timestep_fraction": "(0, 1]",
     "train.skip_last_steps": "[0, inf)",
     "train.timesteps_per_forward": "[1, inf)",
     "train.kl_per_update": "[0, inf)",

@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from ddpo.pictures import to_bytes
+from ddpo.steps import draw_reference_steps, draw_trained_steps
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
 from prompts.dataset import PromptDataset
 
 # What random numbers are used for. Every use has a stream of its own, made from the run's seed, so that a resumed run
 # needs no saved state and a sample does not depend on how many processes paint.
-PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION, EVALUATION, CLIP_RANGE = range(7)
+PROMPTS, NOISE, SHUFFLE_SAMPLES, SHUFFLE_ADVANTAGES, VALIDATION, EVALUATION, CLIP_RANGE, STEPS = range(8)
 
 
 def make_generator(seed: int, purpose: int, *indices: int) -> torch.Generator:
@@ -40,6 +41,7 @@ class Samples:
     empty: torch.Tensor  # (N, V) bool
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
+    gradients: torch.Tensor | None = None  # (N, P) of each sample, see `rollout`, in host memory
 
     def scores(self) -> dict[str, torch.Tensor]:
         """reward (N,), foreground (N, V), empty (N, V), and kl (N,) if it is known."""
@@ -56,19 +58,28 @@ def collect_samples(
     score_reference: bool,
     keep_images: int = 0,
     show_progress: bool = False,
+    step_generator: torch.Generator | None = None,
+    backward: Callable | None = None,
 ) -> Samples:
     """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
 
     keep_images: of how many samples, the first ones, the views and renders are kept. The trajectories wait for the
     update in host memory: an epoch of them can be larger than a GPU.
+    step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
+    None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
     """
-    trajectories, results, images, seconds = [], [], [], {"sampling": 0.0, "reward": 0.0}
-    size, suffix = config.sample.batch_size, config.sample.prompt_suffix
+    trajectories, gradients, results, images, seconds = [], [], [], [], {"sampling": 0.0, "reward": 0.0}
+    size = config.train.batch_size if backward else config.sample.batch_size
+    suffix, learning = config.sample.prompt_suffix, {}
+    policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
     bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
     for first in range(0, len(prompts), size):
         batch = slice(first, first + size)
         bar.set_description("sampling")
         start = time.perf_counter()
+        if backward:
+            weights = draw_trained_steps(policy.scheduler, config, step_generator)
+            learning = {"gradient_weights": weights, "backward": backward}
         trajectory = rollout(
             policy,
             [prompt + suffix for prompt in prompts[batch]],
@@ -78,6 +89,8 @@ def collect_samples(
             generators[batch],
             score_reference=score_reference,
             show_progress=show_progress,
+            reference_steps=draw_reference_steps(config, step_generator),
+            **learning,
         )
         bar.set_description("reward")
         middle = time.perf_counter()
@@ -86,7 +99,9 @@ def collect_samples(
             kept = {"views": trajectory.views, "renders": result.renders}
             kept = {name: value[: keep_images - first] for name, value in kept.items() if value is not None}
             images.append({name: to_bytes(value) for name, value in kept.items()})
-        trajectories.append(replace(trajectory, views=None).to("cpu"))
+        if backward:
+            gradients.append(trajectory.gradients.cpu())
+        trajectories.append(replace(trajectory, views=None, gradients=None).to("cpu"))
         results.append(replace(result, renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
@@ -105,6 +120,7 @@ def collect_samples(
         empty=cat("empty"),
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
+        gradients=torch.cat(gradients) if gradients else None,
     )
 
 

@@ -49,16 +49,45 @@ def update(
             bar.update(len(index))
         # only now, for in half precision the gradients of small losses would underflow
         average_gradients(parameters, accelerator, steps.shape[1] * config.train.gradient_accumulation_steps)
-        grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        logs.append({**summarize(infos, accelerator), "grad_norm": float(grad_norm), "step_skipped": False})
-        if getattr(optimizer, "step_was_skipped", False):  # by the loss scaler: a gradient overflowed in float16
-            logs[-1]["step_skipped"] = True
-        elif after_step is not None:
-            logs[-1].update(after_step())
+        statistics = summarize(infos, accelerator)
+        logs.append({**statistics, **optimizer_step(parameters, optimizer, accelerator, config, after_step)})
     bar.close()
     return logs
+
+
+def update_from_gradients(
+    policy: MultiViewPolicy,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    gradients: torch.Tensor,
+    advantages: torch.Tensor,
+    config: ConfigDict,
+    after_step: Callable[[], dict] | None = None,
+) -> list[dict]:
+    """The one update of a purely on-policy epoch, from gradients that were taken while painting.
+
+    With a ratio of 1, inside any clip range, the gradient of the loss of `update` is the mean over samples of
+    -A d(log-probability). gradients: (N, P), see `rollout`; the other arguments and the result are those of `update`.
+    """
+    parameters = policy.trainable_parameters()
+    advantages = advantages.clamp(-config.train.adv_clip_max, config.train.adv_clip_max)
+    total = -(advantages @ gradients).to(policy.device)
+    for parameter, values in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad = values.view_as(parameter)
+    average_gradients(parameters, accelerator, len(advantages))
+    loss = -accelerator.reduce(advantages.mean().to(accelerator.device), reduction="mean")
+    return [{"loss": float(loss), **optimizer_step(parameters, optimizer, accelerator, config, after_step)}]
+
+
+def optimizer_step(parameters, optimizer, accelerator, config, after_step) -> dict:
+    """Clip the gradients, apply them unless the loss scaler found an overflow, and say what happened."""
+    grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    if getattr(optimizer, "step_was_skipped", False):  # by the loss scaler: a gradient overflowed in float16
+        return {"grad_norm": float(grad_norm), "step_skipped": True}
+    more = after_step() if after_step is not None else {}
+    return {"grad_norm": float(grad_norm), "step_skipped": False, **more}
 
 
 def shuffled_micro_batches(

@@ -15,9 +15,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
 from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from diffusers_patch.sample_gradients import SampleGradients
 from recon.precision import without_tf32
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -59,6 +61,7 @@ class MultiViewPolicy:
         self.pipeline, self.cameras, self.guidance_rescale = pipeline, cameras, guidance_rescale
         self.unet, self.scheduler = pipeline.unet, pipeline.scheduler
         self.reference_unet, self.autocast_dtype = None, None
+        self._lora_layers = []
         self.decode_batch_size = 8
         self._embeddings = {}
         for model in (self.unet, pipeline.vae, *self._text_encoders()):
@@ -99,6 +102,9 @@ class MultiViewPolicy:
         A ~ N(0, (1/rank)^2), B = 0, scaling 1, as published. targets: a key of `LORA_TARGETS`."""
         config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=LORA_TARGETS[targets])
         self.unet.add_adapter(config)
+        self._lora_layers = [module for module in self.unet.modules() if isinstance(module, LoraLayer)]
+        for layer in self._lora_layers:
+            layer.cast_input_dtype_enabled = False  # autocast does it; peft would keep a float32 copy of every input
         self._float_trainable()
 
     def train_all(self) -> None:
@@ -113,6 +119,25 @@ class MultiViewPolicy:
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         return [parameter for parameter in self.unet.parameters() if parameter.requires_grad]
+
+    def equals_reference(self) -> bool:
+        """Whether the policy is the base model still: the second factor of every LoRA is zero."""
+        factors = [layer.lora_B[name].weight for layer in self._lora_layers for name in layer.active_adapters]
+        return bool(factors) and not any(torch.stack([factor.any() for factor in factors]).tolist())
+
+    def sample_gradients(self, batch: int, guidance_scale: float) -> SampleGradients:
+        """A context that keeps the gradients of `batch` samples apart, of `trainable_parameters` in their order.
+
+        Raises ValueError if more than a LoRA is trained."""
+        factors = [
+            factor[name]
+            for layer in self._lora_layers
+            for factor in (layer.lora_A, layer.lora_B)
+            for name in layer.active_adapters
+        ]
+        if [id(factor.weight) for factor in factors] != [id(weight) for weight in self.trainable_parameters()]:
+            raise ValueError("gradients of every sample apart need a policy that trains a LoRA and nothing else")
+        return SampleGradients(factors, batch, 1 if guidance_scale == 1.0 else 2)
 
     def trainable_state(self) -> dict[str, torch.Tensor]:
         """{name: tensor} of what is trained."""
@@ -220,14 +245,14 @@ class MultiViewPolicy:
 
     @contextlib.contextmanager
     def _reference_mode(self, reference):
-        switch = reference and self.reference_unet is None
-        if switch:
-            self.unet.disable_adapters()
+        # the flag that peft's layers read; its own switch also walks through all modules and parameters, each time
+        for layer in self._lora_layers if reference else ():
+            layer._disable_adapters = True
         try:
             yield
         finally:
-            if switch:
-                self.unet.enable_adapters()
+            for layer in self._lora_layers if reference else ():
+                layer._disable_adapters = False
 
     def _autocast(self):
         if self.autocast_dtype is None:

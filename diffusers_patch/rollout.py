@@ -1,6 +1,7 @@
 """Painting as acting: follow the denoising chain of a policy and keep everything the update needs."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -30,10 +31,14 @@ class Trajectory:
     latents: torch.Tensor  # (B, T+1, ...) the initial ones first; latents[:, i+1] follows step i
     timesteps: torch.Tensor  # (B, T)
     log_probs: torch.Tensor  # (B, T) under the policy that painted, nats per dimension
-    log_probs_reference: torch.Tensor | None  # (B, T) of the SAME transitions under the base model
-    kl_analytic: torch.Tensor | None  # (B, T) KL of each step in closed form, nats per dimension
+    # of the SAME transitions under the base model, and the KL of each step in closed form, nats per dimension;
+    # NaN at steps at which it was not asked
+    log_probs_reference: torch.Tensor | None  # (B, T)
+    kl_analytic: torch.Tensor | None  # (B, T)
     conditioning: dict  # of (B, ...)
     views: torch.Tensor  # (B, V, 3, S, S) in [0, 1]
+    # (B, P) of each sample's weighted log-probabilities, over the policy's trainable parameters; None = not taken
+    gradients: torch.Tensor | None = None
 
     def __len__(self):
         return len(self.timesteps)
@@ -64,7 +69,8 @@ class Trajectory:
         return Trajectory(**{f.name: apply(getattr(self, f.name)) for f in fields(self)})
 
     def kl(self, estimator: str = "log_ratio", skip_last: int = 0) -> torch.Tensor | None:
-        """KL to the base model (B,), nats per dimension, mean over steps; None if the reference was not scored.
+        """KL to the base model (B,), nats per dimension, mean over the steps at which the base model was asked; None
+        if it was at none.
 
         estimator: "log_ratio" is unbiased and noisy (published); "analytic" has the same expectation and little noise.
         skip_last: how many of the last steps are left out. At the end of the chain, nearly without noise, the KL of
@@ -73,7 +79,7 @@ class Trajectory:
         if self.log_probs_reference is None:
             return None
         per_step = self.kl_analytic if estimator == "analytic" else self.log_probs - self.log_probs_reference
-        return per_step[:, : self.num_steps - skip_last].mean(1)
+        return per_step[:, : self.num_steps - skip_last].nanmean(1)
 
     def transitions(self, steps: torch.Tensor) -> Transitions:
         """The steps `steps` (B, k) of each sample: B*k rows, all of one sample together."""
@@ -114,12 +120,20 @@ def rollout(
     score_reference: bool = False,
     latents: torch.Tensor | None = None,
     show_progress: bool = False,
+    reference_steps: torch.Tensor | None = None,
+    gradient_weights: torch.Tensor | None = None,
+    backward: Callable[[torch.Tensor], None] = torch.Tensor.backward,
 ) -> Trajectory:
     """Paint one object for each of B prompts.
 
     generator: one, or a list of B (one per sample, so that a sample does not depend on its batch). First the initial
         latents are drawn (unless `latents` (B, ...) are given), then one noise per step.
-    score_reference: also score every transition under the base model.
+    score_reference: also score the transitions under the base model, all of them or those of the `reference_steps`
+        (num_steps,) bool. Where the policy still is the base model it is not asked twice.
+    gradient_weights: (num_steps,) on the CPU: take the gradient of every sample's sum over steps of weight times
+        log-probability. At the policy that paints, the probability ratio of PPO is 1 and not clipped, so this times
+        minus the advantage is the gradient of its loss, without a second forward pass. backward: called with a scalar
+        of every step; a loss scaler's scales the gradients.
 
     The denoising loop itself neither reads anything back from a GPU nor copies anything to it.
     """
@@ -129,20 +143,38 @@ def rollout(
     conditioning = policy.encode(prompts)
     x = policy.initial_latents(len(prompts), generator) if latents is None else latents
     noises = draw_noise(num_steps, x, generator)
+    asked = [score_reference] * num_steps if reference_steps is None else (reference_steps & score_reference).tolist()
+    weights = [0.0] * num_steps if gradient_weights is None else gradient_weights.tolist()
+    equal = score_reference and policy.equals_reference()
     chain, log_probs, log_probs_reference, kl = [x], [], [], []
-    steps = zip(scheduler.timesteps, noises, strict=True)
-    for t, noise in tqdm(steps, desc="steps", total=num_steps, leave=False, disable=not show_progress):
-        t = t.expand(len(prompts))
-        mean, std = ddim_mean_std(scheduler, policy.predict(x, t, conditioning, guidance_scale), t, x, eta)
-        x_prev = (mean + std * noise).to(x.dtype)  # rounded before it is scored
-        log_probs.append(gaussian_log_prob(x_prev, mean, std))
-        if score_reference:
-            output = policy.predict(x, t, conditioning, guidance_scale, reference=True)
-            mean_reference, _ = ddim_mean_std(scheduler, output, t, x, eta)
-            log_probs_reference.append(gaussian_log_prob(x_prev, mean_reference, std))
-            kl.append(analytic_kl(mean, mean_reference, std))
-        x = x_prev
-        chain.append(x)
+    steps = zip(scheduler.timesteps, noises, weights, asked, strict=True)
+    with contextlib.ExitStack() as stack:
+        gradients = None
+        if gradient_weights is not None:
+            gradients = stack.enter_context(policy.sample_gradients(len(prompts), guidance_scale))
+        for t, noise, weight, ask in tqdm(steps, desc="steps", total=num_steps, leave=False, disable=not show_progress):
+            t = t.expand(len(prompts))
+            with torch.set_grad_enabled(weight != 0):
+                mean, std = ddim_mean_std(scheduler, policy.predict(x, t, conditioning, guidance_scale), t, x, eta)
+                x_prev = (mean.detach() + std * noise).to(x.dtype)  # rounded before it is scored
+                log_prob = gaussian_log_prob(x_prev, mean, std)
+                if weight != 0:
+                    backward(weight * log_prob.sum())
+            mean, log_prob = mean.detach(), log_prob.detach()
+            log_probs.append(log_prob)
+            if equal:
+                log_probs_reference.append(log_prob)
+                kl.append(torch.zeros_like(log_prob))
+            elif ask:
+                output = policy.predict(x, t, conditioning, guidance_scale, reference=True)
+                mean_reference, _ = ddim_mean_std(scheduler, output, t, x, eta)
+                log_probs_reference.append(gaussian_log_prob(x_prev, mean_reference, std))
+                kl.append(analytic_kl(mean, mean_reference, std))
+            else:
+                log_probs_reference.append(torch.full_like(log_prob, torch.nan))
+                kl.append(log_probs_reference[-1])
+            x = x_prev
+            chain.append(x)
     return Trajectory(
         latents=torch.stack(chain, 1),
         timesteps=scheduler.timesteps.expand(len(prompts), -1),
@@ -151,6 +183,7 @@ def rollout(
         kl_analytic=torch.stack(kl, 1) if score_reference else None,
         conditioning=conditioning,
         views=policy.decode(x),
+        gradients=None if gradients is None else gradients.flatten(),
     )
 
 
