@@ -18,7 +18,7 @@ from config.batches import derive_batches
 from ddpo.calibration import StepCalibration
 from ddpo.sampling import NOISE, collect_samples, make_generator
 from ddpo.setup import make_optimizer, start_accelerator
-from ddpo.update import update
+from ddpo.update import update, update_from_gradients
 from diffusers_patch.loading import load_painter, make_trainable
 from mrc import LPIPS, MRC
 from mrc.rewards import ImageResult
@@ -65,7 +65,9 @@ class Loops:
 
 
 def painter(run, precision, checkpointing=False):
-    """Encode, rollout with reference, decode, calibration and update of a full-size painter."""
+    """Encode, rollout with reference, decode, calibration and update of a full-size painter.
+
+    Without checkpointing the gradients are taken while painting."""
     with pretend_gpu() as gpu:
         settings = short_config(run, precision)
         settings.train.gradient_checkpointing = bool(checkpointing)
@@ -80,30 +82,32 @@ def painter(run, precision, checkpointing=False):
             return ImageResult(foreground.mean(1), foreground, foreground > 2)
 
         generators = [make_generator(0, NOISE, i) for i in range(2)]
-        samples = collect_samples(policy, reward_fn, ["a cup", "a hat"], generators, settings, True)
-        sampling = loops.waits()
+        policy.equals_reference = lambda: False
+        backward = None if checkpointing else accelerator.backward
+        gpu.memory.reset()
+        samples = collect_samples(
+            policy, reward_fn, ["a cup", "a hat"], generators, settings, True, backward=backward
+        )
+        sampling, painting_peak = loops.waits(), gpu.memory.peak
         if run == "mvdream_lgm":  # the same code for both painters, and this one is quicker
             calibration = StepCalibration(policy, optimizer, accelerator, settings)
             calibration.start(samples.trajectory)
             loops.spans.clear()
         settings.train.gradient_accumulation_steps = 1
         gpu.memory.reset()
-        logs = update(
-            policy,
-            optimizer,
-            accelerator,
-            samples.trajectory,
-            torch.zeros(2),
-            settings,
-            torch.Generator().manual_seed(0),
-        )
+        learner, advantages = (policy, optimizer, accelerator), torch.zeros(2)
+        if checkpointing:
+            generator = torch.Generator().manual_seed(0)
+            logs = update(*learner, samples.trajectory, advantages, settings, generator)
+        else:
+            logs = update_from_gradients(*learner, samples.gradients, advantages, settings)
         return {
             "problems": list(gpu.watch.problems),
             "sampling": sampling,
-            "update": loops.waits(),
+            "update": loops.waits() if checkpointing else [],
             "scaler": accelerator.scaler is not None,
             "flops": loops.flops / 2,
-            "peak": gpu.memory.peak,
+            "peak": gpu.memory.peak if checkpointing else painting_peak,
             "on_host": samples.trajectory.latents.device.type,
             "text_encoder": next(policy.pipeline.text_encoder.parameters()).device.type,
             "steps": len(logs),

@@ -240,3 +240,27 @@ def test_a_vae_that_overflows_stays_in_float32(world, tmp_path):
     policy = load_painter(painter_config(world, pretrained__model=str(tmp_path), mixed_precision="bf16"), "cpu")
     for name, weight in policy.pipeline.vae.named_parameters():
         assert torch.equal(weight, pipeline.vae.get_parameter(name))  # not rounded on the way either
+
+
+def test_the_base_model_is_asked_only_where_it_is_needed(monkeypatch):
+    policy, asked = golden_policy(), []
+    policy.add_lora(rank=4)
+    predict = type(policy).predict
+
+    def count(self, latents, timesteps, *args, reference=False):
+        if reference:
+            asked.append(int(timesteps[0]))
+        return predict(self, latents, timesteps, *args, reference=reference)
+
+    monkeypatch.setattr(type(policy), "predict", count)
+    steps = torch.tensor([False, True, False])
+    base = rollout(policy, PROMPTS, 3, 5.0, score_reference=True, reference_steps=steps)
+    assert not asked and (base.kl_analytic == 0).all()  # the LoRA is zero
+    for parameter in policy.trainable_parameters():
+        parameter.data += 0.01
+    moved = rollout(policy, PROMPTS, 3, 5.0, score_reference=True, reference_steps=steps)
+    assert asked == [int(moved.timesteps[0, 1])]
+    for values in (moved.log_probs_reference, moved.kl_analytic):
+        assert torch.equal(values.isnan(), ~steps.expand(len(PROMPTS), 3))
+    assert torch.equal(moved.kl("analytic"), moved.kl_analytic[:, 1])
+    assert rollout(policy, PROMPTS, 3, 5.0, reference_steps=steps).kl() is None and len(asked) == 1

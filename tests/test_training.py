@@ -119,8 +119,7 @@ def test_metrics_say_what_happened(whole_run):
     assert first["kl_mean"] == later[0]["kl_mean"] == 0 != later[1]["kl_mean"]  # no update before epoch 1
     for line in metrics(whole_run, "update"):
         assert line["grad_norm"] > 0 and np.isfinite(line["loss"])
-        assert abs(line["ratio_min"] - 1) <= 1e-5 and abs(line["ratio_max"] - 1) <= 1e-5  # on-policy
-        assert line["clipfrac"] == 0 and line["approx_kl"] < 1e-10
+        assert "ratio_min" not in line  # the update asked no second time
     for line in metrics(whole_run, "validation"):
         assert len(line["rewards"]) == len(line["kls"]) == 3
         assert line["reward_mean"] == pytest.approx(np.mean(line["rewards"]))
@@ -313,6 +312,7 @@ def test_on_policy_ratios_are_one_to_the_last_bit(world, tmp_path):
         sample__total_batch_size=4,
         train__total_batch_size=4,
         per_prompt_stat_tracking__min_count=1,
+        train__gradients_while_painting=False,
     )
     assert children.run(children.train, values) == 0
     (update,) = metrics(tmp_path / "run", "update")

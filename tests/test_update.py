@@ -15,9 +15,11 @@ import ddpo.update
 from config import base
 from ddpo.calibration import StepCalibration, check_clip_range, kl_between, ratio_deviation, trajectory_means
 from ddpo.setup import make_optimizer
-from ddpo.update import micro_batch_losses, shuffled_micro_batches, update
+from ddpo.steps import draw_trained_steps
+from ddpo.update import micro_batch_losses, shuffled_micro_batches, update, update_from_gradients
 from diffusers_patch.ddim_with_logprob import ddim_std
 from diffusers_patch.rollout import Trajectory, rollout
+from tests.test_mvdream import golden_policy as golden_mvdream
 from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, move_by_an_ulp
 
 GOLDEN_STEP = json.loads((GOLDEN / "ppo_step.json").read_text())
@@ -265,6 +267,67 @@ def test_on_policy_the_ratio_is_one(composition):
             assert info["ratio_min"] == info["ratio_max"] == 1
         # in another batch log_prob rounds otherwise, by about what an ulp of the weights changes: 2e-6
         assert abs(info["ratio_min"] - 1) <= 1e-5 and abs(info["ratio_max"] - 1) <= 1e-5
+
+
+def moved_policy(painter, targets, seed=0):
+    """A small painter with a LoRA away from zero."""
+    if painter == "mv_sdxl":
+        policy = golden_policy()
+    else:
+        policy, data = golden_mvdream()
+        policy._embeddings |= {p: {"prompt_embeds": data["in/context"][4 * i, None]} for i, p in enumerate(PROMPTS)}
+        policy.decode = lambda latents: latents
+    torch.manual_seed(seed)  # of the LoRA
+    policy.add_lora(4, targets)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in policy.trainable_parameters():
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return policy
+
+
+@pytest.mark.parametrize("painter, targets", [("mv_sdxl", "attention+conv"), ("mvdream", "attention")])
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_gradients_taken_while_painting_are_those_of_the_update(painter, targets, guidance):
+    config, accelerator = golden_config(CASES["A"]), Accelerator(cpu=True)
+    config.sample.guidance_scale, config.sample.num_steps = guidance, 5
+    config.train.skip_last_steps, config.train.timestep_weighting, config.train.timestep_fraction = 1, "noise", 1.0
+    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.max_grad_norm = 2, 2, 0.01
+    advantages = torch.tensor([1.0, -7.0, 0.5, 2.0])  # one is clamped
+    results = {}
+    # last, the update with all weights an ulp away: what float32 leaves open
+    for way in ("update", "painting", "an ulp away"):
+        policy = moved_policy(painter, targets)
+        if way == "an ulp away":
+            move_by_an_ulp(policy.unet, 0)
+        optimizer = torch.optim.SGD(policy.trainable_parameters(), 1.0)
+        before = torch.cat([p.detach().flatten() for p in policy.trainable_parameters()])
+        policy.scheduler.set_timesteps(5)
+        learning = {}
+        if way == "painting":
+            learning = {"gradient_weights": draw_trained_steps(policy.scheduler, config)}
+        noise = [torch.Generator().manual_seed(i) for i in range(4)]
+        trajectory = rollout(policy, PROMPTS * 2, 5, guidance, generator=noise, **learning)
+        if way == "painting":
+            logs = update_from_gradients(policy, optimizer, accelerator, trajectory.gradients, advantages, config)
+        else:
+            assert trajectory.gradients is None
+            shuffling = torch.Generator().manual_seed(0)
+            logs = update(policy, optimizer, accelerator, trajectory, advantages, config, shuffling)
+        after = torch.cat([p.detach().flatten() for p in policy.trainable_parameters()])
+        assert all(p.grad is None and p.requires_grad for p in policy.trainable_parameters())
+        results[way] = (after - before), logs[0]["loss"], logs[0]["grad_norm"]
+    (step, loss, norm), (expected, expected_loss, expected_norm), (moved, _, _) = (
+        results[way] for way in ("painting", "update", "an ulp away")
+    )
+    assert loss == pytest.approx(expected_loss, rel=1e-4) and norm == pytest.approx(expected_norm, rel=1e-4)
+    assert (step - expected).norm() <= ROUNDINGS * (moved - expected).norm() < 1e-3 * expected.norm()
+
+
+def test_a_policy_without_a_lora_has_no_gradients_of_every_sample():
+    policy = golden_policy()
+    policy.train_all()
+    with pytest.raises(ValueError, match="a LoRA and nothing else"):
+        policy.sample_gradients(2, 5.0)
 
 
 def test_kl_between_is_the_sum_over_steps_and_dimensions():

@@ -54,6 +54,7 @@ from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table, write
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
+from ddpo.steps import draw_reference_steps
 from ddpo.setup import start_accelerator
 from diffusers_patch.loading import check_cameras, load_painter, painter_cameras
 from diffusers_patch.policy import LORA_FILE
@@ -259,6 +260,7 @@ class Evaluation:
             # seed 0: the noise is the same in evaluations of any runs
             [make_generator(0, EVALUATION, *divmod(i, self.samples)) for i in batch],
             score_reference=model != BASE,
+            reference_steps=draw_reference_steps(self.config),
         )
         values, renders = self.measure(trajectory.views, captions)
         kl = trajectory.kl(self.config.kl_estimator, self.config.train.skip_last_steps)
