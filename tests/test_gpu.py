@@ -31,7 +31,7 @@ from tests.tiny_models import flags, make_world
 ROOT = Path(__file__).resolve().parents[1]
 
 
-# -- the stages, on two devices ------------------------------------------------------------------------------------------
+# -- the stages, on two devices ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.pretend_gpu
@@ -74,7 +74,7 @@ def test_the_recorded_plan_has_every_workload_of_every_preset():
     assert plan["80"]["SDXL fp16"]["flops"]["policy"] == pytest.approx(100 * 13.54e12, rel=0.01)
 
 
-# -- parts -----------------------------------------------------------------------------------------------------------------
+# -- parts ------------------------------------------------------------------------------------------------------------
 
 
 def command(code):
@@ -169,7 +169,7 @@ def test_a_torch_without_cuda_is_named():
         gpu.find_gpu()
 
 
-# -- what is asked of the small runs ----------------------------------------------------------------------------------------
+# -- what is asked of the small runs ----------------------------------------------------------------------------------
 
 
 def write_run(folder, start, end, rewards=(-0.1, -0.1), skipped=(False, False), weights=b"w"):
@@ -241,6 +241,7 @@ def test_small_runs_are_trained_and_resumed(monkeypatch, part, tmp_path_factory)
         part.run("carve3d_train.py", "--config=config/base.py", *flags(world, part.folder, run_name=name), *switches)
 
     monkeypatch.setattr(gpu, "train", train)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     try:
         assert small_run(part).startswith("validation reward before")
     except Failed as failed:  # random painters need not learn
