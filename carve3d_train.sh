@@ -9,7 +9,7 @@
 #                                                    port of machine 0) and RANK (0 ... NUM_NODES-1) in the environment.
 #
 # CARVE3D_PROCESSES=N  processes on this machine, instead of one per GPU, or one per core and at most 2 without GPUs
-# CARVE3D_VENV=FOLDER  the environment to make or use instead of .venv
+# CARVE3D_VENV=FOLDER  the environment to make or use instead of .venv; "system": the python3 on PATH as it is
 # CARVE3D_DRY_RUN=1    install nothing and print the command that would be run
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -1,11 +1,15 @@
 # Sourced by carve3d_train.sh and tests/run.sh from the repository's root:
 #   setup_env      makes $VENV (.venv, or CARVE3D_VENV) hold exactly requirements.txt, or says what is missing
 #   $VENV_PYTHON   its interpreter
+# CARVE3D_VENV=system is the python3 on PATH with what it has, such as a torch for this machine: nothing is installed.
 # A stamp with the hash of requirements.txt makes the second call a matter of milliseconds. While something is being
 # installed a marker stands in the folder: an environment that still has it was interrupted and is made anew.
 
 VENV="${CARVE3D_VENV:-.venv}"
 VENV_PYTHON="$VENV/bin/python"
+if [ "$VENV" = system ]; then
+    VENV_PYTHON=python3
+fi
 
 fail() {
     echo "error: $*" >&2
@@ -24,6 +28,10 @@ find_python() {  # prints the first interpreter that is new enough
 }
 
 setup_env() {
+    if [ "$VENV" = system ]; then
+        check_system
+        return
+    fi
     local stamp="$VENV/.carve3d_ready" marker="$VENV/.carve3d_installing" ours="$VENV/.carve3d_made" wanted python
     wanted="$(cksum < requirements.txt)"
     if is_ready; then
@@ -60,6 +68,31 @@ setup_env() {
     if command -v flock >/dev/null; then
         exec 9>&-
     fi
+}
+
+check_system() {  # names what requirements.txt has before its first empty line and the Python on PATH has not
+    command -v "$VENV_PYTHON" >/dev/null || fail "CARVE3D_VENV=system, and there is no python3 on PATH"
+    "$VENV_PYTHON" - <<'PYTHON'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+lines = open("requirements.txt").read().split("\n\n")[0].splitlines()
+missing, other = [], []
+for name, _, wanted in (line.partition("==") for line in lines if line and not line.startswith("#")):
+    try:
+        found = version(name)
+        if found.partition("+")[0] != wanted:
+            other.append(f"{name} {found} instead of {wanted}")
+    except PackageNotFoundError:
+        missing.append(name)
+if sys.version_info < (3, 11):
+    missing.insert(0, "Python 3.11 or newer")
+if missing:
+    sys.exit(f"error: CARVE3D_VENV=system: {sys.executable} lacks {', '.join(missing)}: install that there, or unset "
+             "CARVE3D_VENV to have an environment made")
+if other:
+    print(f"note: {sys.executable} has {', '.join(other)}", file=sys.stderr)
+PYTHON
 }
 
 is_ready() {  # with setup_env's variables

@@ -281,7 +281,7 @@ def test_packed_gaussians_of_another_width_are_refused():
 # -- gsplat -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.cuda
 @pytest.mark.skipif(importlib.util.find_spec("gsplat") is None, reason="needs the package gsplat")
 @pytest.mark.parametrize("scene", SCENES)
 def test_both_backends_agree(scene):

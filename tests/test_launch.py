@@ -1,6 +1,7 @@
 """The shell commands: what they would start, and what they say when something is missing. Nothing is installed."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["carve3d_train.sh", "setup_env.sh", "tests/run.sh", ".ci/run"]
+SCRIPTS = ["carve3d_train.sh", "setup_env.sh", "tests/run.sh", "tests/gpu.sh", ".ci/run"]
 LAUNCHER_VARIABLES = ("MASTER_ADDR", "MASTER_PORT", "RANK", "OMP_NUM_THREADS", "CARVE3D_PROCESSES", "CARVE3D_VENV")
 
 
@@ -174,6 +175,29 @@ def test_old_python_is_refused(tmp_path):
     result = set_up(tmp_path, too_old=1)
     assert result.returncode != 0 and "Python 3.11 or newer is needed" in result.stderr
     assert not (tmp_path / ".venv").exists()
+
+
+def test_the_python_on_path_is_taken_as_it_is(tmp_path):
+    """CARVE3D_VENV=system, with a real interpreter."""
+
+    def check(requirements):
+        (tmp_path / "requirements.txt").write_text(requirements)
+        command = f"set -euo pipefail; source {ROOT}/setup_env.sh; setup_env; echo $VENV_PYTHON"
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return subprocess.run(
+            ["bash", "-c", command],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={"PATH": path, "CARVE3D_VENV": "system"},
+        )
+
+    done = check("# ours\ntorch==0.1\n\nnot-installed-tests==1\n")
+    assert done.stdout == "python3\n" and re.search(r"note: \S+ has torch \S+ instead of 0.1\n", done.stderr)
+    done = check("torch==0.1\nnot-installed==1\nnor-this==2\n")
+    assert done.returncode == 1 and done.stdout == ""
+    assert re.fullmatch(r"error: CARVE3D_VENV=system: \S+ lacks not-installed, nor-this: install .*\n", done.stderr)
+    assert [file.name for file in tmp_path.iterdir()] == ["requirements.txt"]
 
 
 ###### What is installed ######

@@ -14,7 +14,7 @@ from recon import RECONSTRUCTORS
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the pretend GPU is compiled by g++")
+pytestmark = pytest.mark.pretend_gpu
 
 
 def case(*arguments, checkout=ROOT, folder=ROOT):

@@ -8,8 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tools.pretend_gpu import models, patches
-from tools.pretend_gpu.meters import Flops, Memory
+from tools.full_size import models
+from tools.full_size.meters import Flops, Memory
+from tools.pretend_gpu import patches
 from tools.pretend_gpu.patches import GPU
 from tools.pretend_gpu.watch import Watch
 
@@ -30,6 +31,8 @@ class PretendGPU(TorchDispatchMode):
 
     One mode for all three, because every mode costs time with every operation."""
 
+    device, timed_passes = GPU, 0  # its time means nothing
+
     def __init__(self):
         super().__init__()
         self.watch, self.memory, self.flops = Watch(), Memory(), Flops()
@@ -49,15 +52,22 @@ class PretendGPU(TorchDispatchMode):
         self.memory.after(out)
         return out
 
+    def counting(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # it always does
+
+    def clock(self) -> float:
+        return 0.0
+
 
 @contextlib.contextmanager
 def pretend_gpu() -> Iterator[PretendGPU]:
     """Inside, tensors hold no data, may be on `GPU`, and models are made at full size without weights.
 
-    Once per process: what the trainer loads and parts of torch stay replaced (see `patches` and `models`)."""
+    Once per process: what the trainer loads and parts of torch stay replaced (see `patches` and
+    `tools.full_size.models`)."""
     gpu = PretendGPU()
     patches.apply(gpu.watch)
-    models.install()
+    models.install(GPU)
     with warnings.catch_warnings(), NoData(), gpu:
         warnings.simplefilter("ignore")  # torch's, of missing drivers
         yield gpu

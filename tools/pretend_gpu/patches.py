@@ -15,6 +15,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import _foreach_supported_types
 
+from mrc import lpips
 from tools.pretend_gpu.watch import SCALAR, Watch
 
 GPU = torch.device("cuda", 0)
@@ -39,6 +40,8 @@ def apply(watch: Watch) -> None:
         setattr(torch.cuda, name, lambda *args: None)
     _foreach_supported_types.append(FakeTensor)  # as it does with all of a GPU's tensors
     nn.Module._apply = _apply_without_swapping
+    lpips.load_file = lambda file: {}
+    lpips.LPIPS.load_state_dict = lambda self, state: None
     F.scaled_dot_product_attention = torch.nn.functional.scaled_dot_product_attention = _cuda_attention(watch)
     methods = {"tolist": _values_as_list(watch), "numpy": _values_as_array, "pin_memory": _pin, "is_pinned": _pinned}
     for tensor_class in (torch.Tensor, FakeTensor):

@@ -22,7 +22,6 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_patch import loading, mvdream, mvdream_checkpoints
-from mrc import lpips
 from recon.grm import GRM
 from recon.lgm import LGM
 from recon.openlrm import OPTIONS as OPENLRM_OPTIONS
@@ -82,18 +81,28 @@ GRM_U = {  # the published GRM for Instant3D's four views
 }
 
 
-def install() -> None:
-    """From now on `load_painter`, `load_reconstructor` and `LPIPS` make models without reading weights."""
+def install(device: torch.device) -> None:
+    """From now on `load_painter` and `load_reconstructor` make models with random weights instead of reading them.
+
+    device: where they are made, for on a CPU the random numbers of the largest would take minutes."""
     loading.load_scheduler = _scheduler
     loading.load_vae = _vae
     loading.weights_variant = lambda pretrained: None
     loading.fuse_lora = lambda pipeline, folder: None
     for name, load_pipeline in PIPELINES.items():
-        loading.PAINTERS[name] = replace(loading.PAINTERS[name], load_pipeline=load_pipeline)
+        loading.PAINTERS[name] = replace(loading.PAINTERS[name], load_pipeline=_on(device, load_pipeline))
     for model, make in MAKE_RECONSTRUCTOR.values():
-        model.from_pretrained = staticmethod(make)
-    lpips.load_file = lambda file: {}
-    lpips.LPIPS.load_state_dict = lambda self, state: None
+        model.from_pretrained = staticmethod(_on(device, make))
+
+
+def _on(device, make):
+    """`make`, with what it makes on `device`."""
+
+    def make_there(*args, **kwargs):
+        with torch.device(device):
+            return make(*args, **kwargs)
+
+    return make_there
 
 
 # -- painters ---------------------------------------------------------------------------------------------------------
