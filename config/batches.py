@@ -61,7 +61,9 @@ def reference_steps(config: ConfigDict) -> int:
 def gradients_while_painting(config: ConfigDict) -> bool:
     """Whether an epoch's only update takes its gradients from the painting passes, once the batches are derived."""
     kl_in_loss = config.kl_penalty and not config.kl_in_reward
-    return config.train.gradients_while_painting and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss
+    return (
+        config.train.gradients_while_painting and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss
+    )
 
 
 def batch_table(config: ConfigDict, num_processes: int) -> str:

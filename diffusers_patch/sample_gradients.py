@@ -93,7 +93,9 @@ def _outputs_of_inputs(layer, size, gradient):
     gradient: (N, out, h, w). Returns (N, out * kernel_size, pixels), in the order of the weight's last dimensions. The
     other way round, the inputs of every output, there would be in / out times as many numbers."""
     kernel, stride, padding = layer.kernel_size, layer.stride, layer.padding
-    height, width = (n + 2 * p - k + 1 for n, p, k in zip(size, padding, kernel, strict=True))  # as if the stride were 1
+    height, width = (
+        n + 2 * p - k + 1 for n, p, k in zip(size, padding, kernel, strict=True)
+    )  # as if the stride were 1
     spread = gradient.new_zeros(*gradient.shape[:2], height, width)
     spread[..., :: stride[0], :: stride[1]] = gradient
     around = [k - 1 - p for k, p in zip(kernel, padding, strict=True)]

@@ -85,9 +85,7 @@ def painter(run, precision, checkpointing=False):
         policy.equals_reference = lambda: False
         backward = None if checkpointing else accelerator.backward
         gpu.memory.reset()
-        samples = collect_samples(
-            policy, reward_fn, ["a cup", "a hat"], generators, settings, True, backward=backward
-        )
+        samples = collect_samples(policy, reward_fn, ["a cup", "a hat"], generators, settings, True, backward=backward)
         sampling, painting_peak = loops.waits(), gpu.memory.peak
         if run == "mvdream_lgm":  # the same code for both painters, and this one is quicker
             calibration = StepCalibration(policy, optimizer, accelerator, settings)

@@ -54,8 +54,8 @@ from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table, write
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
-from ddpo.steps import draw_reference_steps
 from ddpo.setup import start_accelerator
+from ddpo.steps import draw_reference_steps
 from diffusers_patch.loading import check_cameras, load_painter, painter_cameras
 from diffusers_patch.policy import LORA_FILE
 from diffusers_patch.rollout import rollout

@@ -95,7 +95,7 @@ def memory_table(measured) -> str:
     weights = sum(measured.weights.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in measured.weights.items())
     rows = [("weights", weights, parts), *((stage, size, "") for stage, size in measured.peak.items())]
-    rows.append(("host memory", measured.host, "the trajectories of an epoch, until its last update"))
+    rows.append(("host memory", measured.host, "what an epoch keeps until its last update"))
     return "\n".join(f"  {name:<14}{size / GIB:8.2f}  {note}".rstrip() for name, size, note in rows)
 
 

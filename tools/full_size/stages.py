@@ -18,12 +18,12 @@ from accelerate.state import AcceleratorState
 from ml_collections import ConfigDict
 from torch.utils._pytree import tree_leaves
 
-from config.batches import samples_per_process, trained_steps
+from config.batches import gradients_while_painting, reference_steps, samples_per_process, trained_steps
 from ddpo.calibration import SAMPLES as CALIBRATION_SAMPLES
 from ddpo.calibration import StepCalibration
 from ddpo.sampling import NOISE, SHUFFLE_SAMPLES, collect_samples, make_generator
 from ddpo.setup import make_optimizer, start_accelerator
-from ddpo.update import update
+from ddpo.update import update, update_from_gradients
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.rollout import Trajectory
 from mrc.rewards import load_mrc, load_reward
@@ -37,11 +37,13 @@ class Measurement:
     seconds, where a real GPU was asked.
 
     weights: {"painter", "reward", "optimizer"}: bytes that stay for the whole run.
-    host: bytes of host memory in which an epoch's trajectories wait for the update.
+    host: bytes of host memory in which an epoch's trajectories, and gradients, wait for the update.
     peak: {stage: bytes}, the most at once during a stage, weights included. The stages are "sampling", "decode",
-        "reward", "update" and, if the learning rate is to be calibrated, "calibration".
+        "reward", "update" (which begins with painting where that takes the gradients) and, if the learning rate is to
+        be calibrated, "calibration".
     flops: {stage: FLOPs per sample}, with all its denoising steps; the stages are "policy", "reference" (if it is
-        scored), "decode", "reward" and "update" (once for every pass over the samples).
+        scored), "decode", "reward" and "update" (once for every pass over the samples; what gradients add to painting,
+        where that takes them).
     gradient_bytes: what an update averages over the processes.
     seconds: {stage: seconds per sample}, of the stages of `flops`.
     """
@@ -146,6 +148,7 @@ class _RunBench(_Bench):
             self.accelerator = start_accelerator(untracked)
             self.optimizer = self.accelerator.prepare(make_optimizer(self.policy, config))
             self._take_an_empty_step()
+        self.learner = self.policy, self.optimizer, self.accelerator
 
     def _take_an_empty_step(self):
         """The optimizer makes its state in its first step; from the second on it is there during the backward pass."""
@@ -174,43 +177,59 @@ class _RunBench(_Bench):
         if config.train.kl_per_update > 0:
             peak["calibration"] = weights + self.bytes("calibration") + self.bytes("calibration of all steps")
         B, b, T = config.sample.batch_size, config.train.batch_size, config.sample.num_steps
-        passes = {  # of a stage as it was measured, for one sample of the run
+        times = {  # of a stage as it was measured, for one sample of the run
             "policy": T / B,
-            "reference": T / B,
+            "reference": reference_steps(config) / B,
             "decode": 1 / B,
             "reward": 1 / B,
             "update": trained_steps(config) * config.train.num_inner_epochs / (b * K),
         }
+        gradients = sum(4 * parameter.numel() for parameter in self.policy.trainable_parameters())  # float32
+        waiting = gradients if gradients_while_painting(config) else 0
         return Measurement(
             weights=self.weights,
-            host=self.bytes_of_a_sample * samples_per_process(config),
+            host=(self.bytes_of_a_sample + waiting) * samples_per_process(config),
             peak=peak,
-            flops=_existing({name: self.flops(name) * count for name, count in passes.items()}),
-            gradient_bytes=sum(4 * parameter.numel() for parameter in self.policy.trainable_parameters()),  # float32
-            seconds=_existing({name: self.seconds(name) * count for name, count in passes.items()}),
+            flops=_existing({name: self._without_painting(self.flops, name) * count for name, count in times.items()}),
+            gradient_bytes=gradients,
+            seconds=_existing(
+                {name: self._without_painting(self.seconds, name) * count for name, count in times.items()}
+            ),
         )
+
+    def _without_painting(self, reading, name):
+        """The FLOPs or seconds of a stage; of an update that began with painting, what it needed beyond that."""
+        painting = 0
+        if name == "update" and gradients_while_painting(self.config):
+            painting = reading("policy") + reading("reference")  # one step of a batch, of which there are K
+            painting *= self.config.train.batch_size / self.config.sample.batch_size * self.short.sample.num_steps
+        return reading(name) - painting
 
     def _run_stages(self):
         samples, result = self._collect_one_batch(self.short)
-        self._update(self.short, samples.trajectory)
+        if gradients_while_painting(self.config):
+            self._paint_and_update(self.short, result)
+        else:
+            self._update(self.short, samples.trajectory)
         calibrates = self.config.train.kl_per_update > 0
         if calibrates:
             self._calibrate("calibration", self.short, samples.trajectory)
-        with self._painting_nothing(self.views_shape, result) as reward_fn:
+        with self._decoding_nothing(result) as reward_fn, self._predicting_nothing():
             del samples
             with self.stage("a batch of all steps"):
-                trajectory = self._collect(self.config, 1, reward_fn).trajectory
+                trajectory = self._collect(self.config, self.config.sample.batch_size, reward_fn).trajectory
             if calibrates:
                 self._calibrate("calibration of all steps", self.config, trajectory)
         self.bytes_of_a_sample = _bytes(trajectory) // self.config.sample.batch_size
 
     # -- the stages ---------------------------------------------------------------------------------------------------
 
-    def _collect(self, config, batches, reward_fn):
-        count = batches * config.sample.batch_size
+    def _collect(self, config, count, reward_fn, **options):
         generators = [make_generator(config.seed, NOISE, i) for i in range(count)]
         score_reference = config.kl_penalty or config.log_kl
-        return collect_samples(self.policy, reward_fn, [PROMPT] * count, generators, config, score_reference)
+        prompts = [PROMPT] * count
+        with self._replaced("equals_reference", lambda: False):  # so it is after the first epoch
+            return collect_samples(self.policy, reward_fn, prompts, generators, config, score_reference, **options)
 
     def _collect_one_batch(self, config):
         """The samples, and what the reward function returned."""
@@ -223,17 +242,22 @@ class _RunBench(_Bench):
 
         with self._replaced("predict", self.during("policy", self.policy.predict)):
             with self._replaced("decode", self.during("decode", self.policy.decode)):
-                samples = self._collect(config, 1, reward_fn)
+                samples = self._collect(config, config.sample.batch_size, reward_fn)
         return samples, results[0]
 
     def _update(self, config, trajectory):
         b = config.train.batch_size
-        trajectory, advantages = _resized(trajectory, b), torch.linspace(-1, 1, b)
-        generator = make_generator(config.seed, SHUFFLE_SAMPLES)
+        trajectory, generator = _resized(trajectory, b), make_generator(config.seed, SHUFFLE_SAMPLES)
         with self.stage("update"):
-            (log,) = update(self.policy, self.optimizer, self.accelerator, trajectory, advantages, config, generator)
-        if not (log["step_skipped"] or math.isfinite(log["grad_norm"])):
-            raise ValueError(f"the update's gradient is {log['grad_norm']}: nothing that follows would mean anything")
+            logs = update(*self.learner, trajectory, torch.linspace(-1, 1, b), config, generator)
+        _check_finite(*logs)
+
+    def _paint_and_update(self, config, result):
+        b = config.train.batch_size
+        with self._decoding_nothing(result) as reward_fn, self.stage("update"):
+            samples = self._collect(config, b, reward_fn, backward=self.accelerator.backward)
+            logs = update_from_gradients(*self.learner, samples.gradients, torch.linspace(-1, 1, b), config)
+        _check_finite(*logs)
 
     def _calibrate(self, stage, config, trajectory):
         trajectory = _resized(trajectory, max(1, CALIBRATION_SAMPLES // self.num_processes))
@@ -252,22 +276,24 @@ class _RunBench(_Bench):
         delattr(self.policy, name)
 
     @contextlib.contextmanager
-    def _painting_nothing(self, shape, result):
-        """Inside, the painter predicts zeros and decodes views of `shape`. Gives a reward function that returns copies
-        of `result`."""
+    def _predicting_nothing(self):
+        """Inside, the painter predicts zeros."""
+        with self._replaced("predict", lambda latents, *args, **kwargs: torch.zeros_like(latents)):
+            with self._replaced("full_precision", contextlib.nullcontext):
+                yield
+
+    @contextlib.contextmanager
+    def _decoding_nothing(self, result):
+        """Inside, the painter's views are black. Gives a reward function that returns copies of `result`."""
+        tensors = {f.name: getattr(result, f.name) for f in fields(result)}
+        tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
 
         def reward_fn(views, prompts):
-            tensors = {f.name: getattr(result, f.name) for f in fields(result)}
-            copies = {name: value.clone() for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-            return replace(result, **copies)
+            rows = torch.arange(len(views), device=views.device) % len(result.reward)
+            return replace(result, **{name: value[rows] for name, value in tensors.items()})
 
-        with contextlib.ExitStack() as stack:
-            for name, function in {
-                "predict": lambda latents, *args, **kwargs: torch.zeros_like(latents),
-                "decode": lambda latents: torch.zeros(len(latents), *shape, device=latents.device),
-                "full_precision": contextlib.nullcontext,
-            }.items():
-                stack.enter_context(self._replaced(name, function))
+        shape = self.views_shape
+        with self._replaced("decode", lambda latents: torch.zeros(len(latents), *shape, device=latents.device)):
             yield reward_fn
 
 
@@ -307,6 +333,11 @@ class _RewardBench(_Bench):
 def _existing(values: dict[str, float]) -> dict[str, float]:
     """Those that were measured, which are not 0."""
     return {name: value for name, value in values.items() if value}
+
+
+def _check_finite(log):
+    if not (log["step_skipped"] or math.isfinite(log["grad_norm"])):
+        raise ValueError(f"the update's gradient is {log['grad_norm']}: nothing that follows would mean anything")
 
 
 def _resized(trajectory: Trajectory, count: int) -> Trajectory:
