@@ -6,6 +6,8 @@
     --config config/dgx.py:kl_coefficient(0.1)   weight of the KL,
     --config config/dgx.py:multi_round(2)        updates per epoch
 
+    --config config/dgx.py:fast                  the published run at a third of its cost
+
     --config config/dgx.py:instant3d_grm         the published run on the nearest open weights, Instant3D + GRM
     --config config/dgx.py:mvdream_lgm           the same with the open pair MVDream + LGM
     --config config/dgx.py:instant3d_grm(24)     either on GPUs of 24 GB instead of 80
@@ -64,6 +66,17 @@ def multi_round(rounds: int) -> ConfigDict:
     return config
 
 
+def fast() -> ConfigDict:
+    """The published run at a third of its arithmetic: the same objective in expectation, from fewer of its terms.
+
+    Every sample is painted as ever; 20 of its 100 steps, spread evenly, are trained on, and at 10 the base model is
+    asked."""
+    config = carve3d_train()
+    config.train.timestep_fraction = 0.2
+    config.kl_timestep_fraction = 0.1
+    return config
+
+
 def instant3d_grm(gigabytes: float = 80) -> ConfigDict:
     """The published run with the open Instant3D and GRM. Still to be given: pretrained.model and recon.checkpoint, the
     folders that tools.convert_instant3d makes of instant3d.pth and tools.convert_grm of grm_u.pth."""
@@ -101,7 +114,7 @@ def get_config(name: str = "carve3d_train") -> ConfigDict:
     Raises ValueError when there is no such run or when it gets the wrong arguments.
     """
     with_sizes = (data_size, batch_size, kl_coefficient, multi_round)
-    runs = {run.__name__: run for run in (carve3d_train, *with_sizes, instant3d_grm, mvdream_lgm)}
+    runs = {run.__name__: run for run in (carve3d_train, fast, *with_sizes, instant3d_grm, mvdream_lgm)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")

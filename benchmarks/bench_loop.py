@@ -1,0 +1,210 @@
+"""An epoch in this repository against an epoch as the published loops are built, side by side.
+
+    python benchmarks/bench_loop.py [--repeats 2]
+
+Both paint the same samples with the small grid painter, score every step under the base model, and take one LoRA update
+from the same advantages. The published structure: a second UNet as the base model, asked at every step, and an update
+that asks the UNet again, one step of a micro-batch at a time. Rewards cost the same in both and are left out. Every form
+runs in processes of its own (which remember their peak memory), in turns, on one thread each. Prints for float32 and
+bf16, one and two processes, each form's seconds of CPU and of the clock and its memory, as ratios to the published.
+"""
+
+import argparse
+import copy
+import multiprocessing
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+SAMPLES, STEPS = 8, 10
+PUBLISHED = "published loops"
+FORMS = {  # what differs from the plain configuration
+    PUBLISHED: None,
+    "ours, gradients in the update": {"train.gradients_while_painting": False},
+    "ours": {},
+    "ours, base model at a quarter of the steps": {"kl_timestep_fraction": 0.25},
+    "ours, that and a quarter of the steps trained": {"kl_timestep_fraction": 0.25, "train.timestep_fraction": 0.25},
+}
+
+
+def make_config(precision, processes, changes):
+    from config import tiny
+    from config.validate import validate
+
+    config = tiny.get_config()
+    config.mixed_precision, config.lora.targets = precision, "attention"
+    config.sample.num_steps, config.sample.guidance_scale = STEPS, 5.0
+    config.sample.total_batch_size = config.train.total_batch_size = SAMPLES
+    config.sample.batch_size = config.train.batch_size = SAMPLES // processes
+    config.train.timesteps_per_forward, config.train.skip_last_steps = 1, 0
+    config.per_prompt_stat_tracking.min_count = 1
+    config.update_from_flattened_dict(changes or {})
+    return validate(config, processes)
+
+
+def published_epoch(policy, reference, optimizer, accelerator, prompts, generators, advantages, config):
+    """Sampling and the update as DDPO and Carve3D have them."""
+    from ddpo.ppo import ppo_loss
+    from ddpo.update import average_gradients
+    from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob, gaussian_log_prob
+    from diffusers_patch.rollout import draw_noise
+
+    scheduler, guidance = policy.scheduler, config.sample.guidance_scale
+    scheduler.set_timesteps(STEPS)
+    conditioning = policy.encode(prompts)
+    x = policy.initial_latents(len(prompts), generators)
+    noises, chain, log_probs = draw_noise(STEPS, x, generators), [x], []
+    with torch.no_grad():
+        for t, noise in zip(scheduler.timesteps, noises, strict=True):
+            t = t.expand(len(prompts))
+            for model in (policy, reference):
+                output = model.predict(chain[-1], t, conditioning, guidance, reference=model is reference)
+                mean, std = ddim_mean_std(scheduler, output, t, chain[-1])
+                if model is policy:
+                    x = mean + std * noise
+                    log_probs.append(gaussian_log_prob(x, mean, std))
+                else:
+                    gaussian_log_prob(x, mean, std)
+            chain.append(x)
+        policy.decode(x)
+    for step in torch.randperm(STEPS).tolist():
+        t = scheduler.timesteps[step].expand(len(prompts))
+        output = policy.predict(chain[step], t, conditioning, guidance)
+        _, log_prob = ddim_step_with_logprob(scheduler, output, t, chain[step], 1.0, prev_sample=chain[step + 1])
+        accelerator.backward(ppo_loss(log_prob, log_probs[step], advantages, 1.0, 5.0)[0])
+    parameters = policy.trainable_parameters()
+    average_gradients(parameters, accelerator, STEPS)
+    accelerator.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def ddim_mean_std(scheduler, output, t, x):
+    from diffusers_patch.ddim_with_logprob import ddim_mean_std
+
+    return ddim_mean_std(scheduler, output, t, x, 1.0)
+
+
+def our_epoch(policy, optimizer, accelerator, prompts, generators, advantages, config):
+    from config.batches import gradients_while_painting
+    from ddpo.sampling import STEPS as DRAWN
+    from ddpo.sampling import collect_samples, make_generator
+    from ddpo.update import update, update_from_gradients
+    from mrc.rewards import ImageResult
+
+    def nothing(views, prompts):
+        share = torch.ones(views.shape[:2])
+        return ImageResult(share[:, 0], share, share < 0)
+
+    painting = gradients_while_painting(config)
+    learner = policy, optimizer, accelerator
+    samples = collect_samples(
+        policy,
+        nothing,
+        prompts,
+        generators,
+        config,
+        score_reference=True,
+        step_generator=make_generator(0, DRAWN),
+        backward=accelerator.backward if painting else None,
+    )
+    if painting:
+        update_from_gradients(*learner, samples.gradients, advantages, config)
+    else:
+        update(*learner, samples.trajectory, advantages, config, torch.Generator().manual_seed(0))
+
+
+def worker(form, precision, rank, processes, port, results):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+    os.chdir(ROOT)
+    torch.set_num_threads(1)
+    from accelerate import Accelerator
+
+    from ddpo.sampling import NOISE, make_generator
+    from ddpo.setup import make_optimizer
+    from diffusers_patch.loading import load_painter, make_trainable
+
+    config = make_config(precision, processes, FORMS[form])
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    policy = load_painter(config, "cpu")
+    make_trainable(policy, config)
+    torch.manual_seed(0)
+    for parameter in policy.trainable_parameters():  # so that the policy is not the base model
+        parameter.data += 0.01 * torch.randn(parameter.shape)
+    reference = copy.deepcopy(policy) if form == PUBLISHED else None
+    optimizer = accelerator.prepare(make_optimizer(policy, config))
+    count = SAMPLES // processes
+    local = range(rank * count, (rank + 1) * count)
+    arguments = (
+        ["a red cube next to a blue cone"] * count,
+        [make_generator(0, NOISE, i) for i in local],
+        torch.linspace(-1, 1, SAMPLES)[local.start : local.stop],
+        config,
+    )
+
+    def epoch():
+        if form == PUBLISHED:
+            published_epoch(policy, reference, optimizer, accelerator, *arguments)
+        else:
+            our_epoch(policy, optimizer, accelerator, *arguments)
+
+    epoch()  # what happens once in a process is not counted
+    cpu, clock = time.process_time(), time.perf_counter()
+    epoch()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    results.put((time.process_time() - cpu, time.perf_counter() - clock, peak))
+    accelerator.end_training()
+
+
+def measure(form, precision, processes, port):
+    """Seconds of CPU over all processes, of the clock, and the MiB of one process."""
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=worker, args=(form, precision, rank, processes, port, results))
+        for rank in range(processes)
+    ]
+    for process in workers:
+        process.start()
+    cpu, clock, peak = zip(*[results.get() for _ in workers], strict=True)
+    for process in workers:
+        process.join()
+    return sum(cpu), max(clock), max(peak)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=2, help="of every form; the fastest counts")
+    repeats = parser.parse_args().repeats
+    port = 29600
+    for precision in ("no", "bf16"):
+        for processes in (1, 2):
+            found = {form: [] for form in FORMS}
+            for _ in range(repeats):
+                for form in FORMS:
+                    port += 1
+                    found[form].append(measure(form, precision, processes, port))
+            best = {form: [min(values) for values in zip(*rows, strict=True)] for form, rows in found.items()}
+            name = "float32" if precision == "no" else precision
+            print(
+                f"\n{name}, {processes} process{'es' * (processes > 1)}: CPU, clock and memory, as shares of {PUBLISHED}"
+            )
+            for form, values in best.items():
+                ratios = "  ".join(f"{a / b:5.2f}" for a, b in zip(values, best[PUBLISHED], strict=True))
+                print(
+                    f"  {form:<46} {ratios}   ({values[0]:.1f} s, {values[1]:.1f} s, {values[2]:.0f} MiB)", flush=True
+                )
+
+
+if __name__ == "__main__":
+    main()
