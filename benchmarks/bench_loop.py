@@ -2,11 +2,12 @@
 
     python benchmarks/bench_loop.py [--repeats 2]
 
-Both paint the same samples with the small grid painter, score every step under the base model, and take one LoRA update
-from the same advantages. The published structure: a second UNet as the base model, asked at every step, and an update
-that asks the UNet again, one step of a micro-batch at a time. Rewards cost the same in both and are left out. Every form
-runs in processes of its own (which remember their peak memory), in turns, on one thread each. Prints for float32 and
-bf16, one and two processes, each form's seconds of CPU and of the clock and its memory, as ratios to the published.
+Both paint the same samples with the small grid painter, score every step under the base model, and take one LoRA
+update from the same advantages. The published structure: a second UNet as the base model, asked at every step, and an
+update that asks the UNet again, one step of a micro-batch at a time. Rewards cost the same in both and are left out.
+Every form runs in processes of its own (which remember their peak memory), in turns, on one thread each. Prints for
+float32 and bf16, one and two processes, each form's seconds of CPU, of the clock, and its memory, as shares of the
+published.
 """
 
 import argparse
@@ -196,9 +197,7 @@ def main():
                     found[form].append(measure(form, precision, processes, port))
             best = {form: [min(values) for values in zip(*rows, strict=True)] for form, rows in found.items()}
             name = "float32" if precision == "no" else precision
-            print(
-                f"\n{name}, {processes} process{'es' * (processes > 1)}: CPU, clock and memory, as shares of {PUBLISHED}"
-            )
+            print(f"\n{name}, processes: {processes}. CPU, clock and memory, as shares of {PUBLISHED}:")
             for form, values in best.items():
                 ratios = "  ".join(f"{a / b:5.2f}" for a, b in zip(values, best[PUBLISHED], strict=True))
                 print(

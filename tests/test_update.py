@@ -285,14 +285,16 @@ def moved_policy(painter, targets, seed=0):
     return policy
 
 
-@pytest.mark.parametrize("painter, targets", [("mv_sdxl", "attention+conv"), ("mvdream", "attention")])
-@pytest.mark.parametrize("guidance", [1.0, 5.0])
+@pytest.mark.parametrize(
+    "painter, targets, guidance",
+    [("mv_sdxl", "attention", 1.0), ("mv_sdxl", "attention+conv", 5.0), ("mvdream", "attention", 5.0)],
+)
 def test_gradients_taken_while_painting_are_those_of_the_update(painter, targets, guidance):
     config, accelerator = golden_config(CASES["A"]), Accelerator(cpu=True)
-    config.sample.guidance_scale, config.sample.num_steps = guidance, 5
+    config.sample.guidance_scale, config.sample.num_steps = guidance, 3
     config.train.skip_last_steps, config.train.timestep_weighting, config.train.timestep_fraction = 1, "noise", 1.0
-    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.max_grad_norm = 2, 2, 0.01
-    advantages = torch.tensor([1.0, -7.0, 0.5, 2.0])  # one is clamped
+    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.max_grad_norm = 1, 2, 0.01
+    advantages = torch.tensor([1.0, -7.0])  # one is clamped
     results = {}
     # last, the update with all weights an ulp away: what float32 leaves open
     for way in ("update", "painting", "an ulp away"):
@@ -301,12 +303,12 @@ def test_gradients_taken_while_painting_are_those_of_the_update(painter, targets
             move_by_an_ulp(policy.unet, 0)
         optimizer = torch.optim.SGD(policy.trainable_parameters(), 1.0)
         before = torch.cat([p.detach().flatten() for p in policy.trainable_parameters()])
-        policy.scheduler.set_timesteps(5)
+        policy.scheduler.set_timesteps(3)
         learning = {}
         if way == "painting":
             learning = {"gradient_weights": draw_trained_steps(policy.scheduler, config)}
-        noise = [torch.Generator().manual_seed(i) for i in range(4)]
-        trajectory = rollout(policy, PROMPTS * 2, 5, guidance, generator=noise, **learning)
+        noise = [torch.Generator().manual_seed(i) for i in range(2)]
+        trajectory = rollout(policy, PROMPTS, 3, guidance, generator=noise, **learning)
         if way == "painting":
             logs = update_from_gradients(policy, optimizer, accelerator, trajectory.gradients, advantages, config)
         else:
