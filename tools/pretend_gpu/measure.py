@@ -16,8 +16,6 @@ from accelerate.state import AcceleratorState
 from ml_collections import ConfigDict
 from torch.utils._pytree import tree_leaves
 
-import recon.openlrm
-import recon.tiny_lrm
 from config.batches import samples_per_process, trained_steps
 from ddpo.calibration import SAMPLES as CALIBRATION_SAMPLES
 from ddpo.calibration import StepCalibration
@@ -27,6 +25,7 @@ from ddpo.update import update
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.rollout import Trajectory
 from mrc.rewards import load_reward
+from recon import volume_rendering
 from recon.volume_rendering import render_images
 from tools.pretend_gpu.gpu import GPU, PretendGPU, pretend_gpu
 
@@ -250,9 +249,6 @@ def _one_chunk_of_rays(gpu: PretendGPU) -> Iterator[None]:
 
         return render_images(render_once, cameras, size, chunk_size)
 
-    modules = (recon.openlrm, recon.tiny_lrm)
-    for module in modules:
-        module.render_images = render_one_chunk
+    volume_rendering.render_images = render_one_chunk
     yield
-    for module in modules:
-        module.render_images = render_images
+    volume_rendering.render_images = render_images
