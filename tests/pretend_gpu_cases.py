@@ -147,6 +147,7 @@ def trainer(run, precision, folder):
         prompts.num_train, settings.run_name = 2, "run"
         settings.sample.batch_size, settings.sample.num_batches_per_epoch = 4, 1  # a pass costs the same for any batch
         settings.train.skip_last_steps = 1
+        settings.recon.render_size, settings.recon.chunk_size = 128, 2**22  # fewer operations of the same kinds
         training = Run(settings)
         training.validation()
         for epoch in (0, 1):
