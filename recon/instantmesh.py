@@ -103,7 +103,10 @@ class InstantMesh(LRM):
     are normalised by; encoder_overrides: entries of the encoder's ViTConfig that differ from those of
     `encoder_model_name`. Raises ValueError if they do not fit together.
 
-    rig: gives the 4 to 6 cameras that views are taken for; config.recon.cameras."""
+    rig: gives the 4 to 6 cameras that views are taken for; config.recon.cameras.
+
+    Unlike the published renderer, this one does not show what lies behind a camera, which only matters inside the box.
+    """
 
     rig: Callable[[], Cameras] = staticmethod(instant3d_cameras)
 

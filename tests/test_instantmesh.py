@@ -451,6 +451,13 @@ def test_the_converter(model, checkpoint, tmp_path, monkeypatch, capsys):
         convert_main()
 
 
+def test_a_hub_id_is_that_of_the_large_model(checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr("recon.weights.hf_hub_download", lambda *names: asked.append(names) or checkpoint)
+    InstantMesh.from_pretrained("TencentARC/InstantMesh")
+    assert asked == [("TencentARC/InstantMesh", "instant_nerf_large.ckpt")]
+
+
 class Code:
     """Unpickled carelessly, runs a command."""
 
