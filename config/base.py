@@ -192,7 +192,7 @@ def get_config() -> ConfigDict:
     config.reward_fn = "mrc"
 
     config.recon = ConfigDict()
-    # Sparse-view reconstructor: "tiny_lrm", "lgm", "grm" or "openlrm".
+    # Sparse-view reconstructor: "tiny_lrm", "lgm", "grm", "openlrm" or "instantmesh".
     config.recon.name = "tiny_lrm"
     # Its weights: a folder or file, or a hub id such as "ashawkey/LGM". Must be given when reward_fn = "mrc".
     config.recon.checkpoint = ""
@@ -207,6 +207,11 @@ def get_config() -> ConfigDict:
     # Only "openlrm", which reconstructs from one view at a time: how many of the views, 1 to 4, it reconstructs from.
     # Each scene is compared with the other views; 4 judges every pair of views, 1 is four times cheaper.
     config.recon.input_views = 4
+    # Only "instantmesh", which takes any cameras: whose views it gets, "instant3d" or "mvdream" (four views) or
+    # "zero123plus" (six, which no painter here paints).
+    config.recon.cameras = "instant3d"
+    # Only cameras "mvdream": their height above the horizon, degrees, [0, 90); that of painter.elevation.
+    config.recon.elevation = 15.0
     # Cut the objects out of the painted views with `rembg` (pip install rembg) before they are judged, for painters
     # that do not paint on white, such as MVDream.
     config.recon.remove_background = False

@@ -10,7 +10,9 @@
 
     --config config/dgx.py:instant3d_grm         the published run on the nearest open weights, Instant3D + GRM
     --config config/dgx.py:mvdream_lgm           the same with the open pair MVDream + LGM
-    --config config/dgx.py:instant3d_grm(24)     either on GPUs of 24 GB instead of 80
+    --config config/dgx.py:instant3d_instantmesh,
+    --config config/dgx.py:mvdream_instantmesh   either painter with InstantMesh, which takes any cameras
+    --config config/dgx.py:instant3d_grm(24)     any of these on GPUs of 24 GB instead of 80
 
 The published machine was 6 nodes of 8 A100-80GB: 8 samples at a time and 2 batches per GPU make 768 per epoch. Only the
 768 is fixed here; batches per process and gradient accumulation follow from the real number of processes, so on fewer
@@ -89,6 +91,12 @@ def instant3d_grm(gigabytes: float = 80) -> ConfigDict:
     return _fit(config, gigabytes)
 
 
+def instant3d_instantmesh(gigabytes: float = 80) -> ConfigDict:
+    """`instant3d_grm` with InstantMesh in GRM's place. Still to be given: pretrained.model, and recon.checkpoint, which
+    is instant_nerf_large.ckpt or instant_nerf_base.ckpt, or what tools.convert_instantmesh makes of it."""
+    return _with_instantmesh(instant3d_grm(gigabytes), "instant3d")
+
+
 def mvdream_lgm(gigabytes: float = 80) -> ConfigDict:
     """The public MVDream and the public LGM on one machine of 8 GPUs. Still to be given: pretrained.model (or its hub
     id) and recon.checkpoint."""
@@ -108,13 +116,23 @@ def mvdream_lgm(gigabytes: float = 80) -> ConfigDict:
     return _fit(config, gigabytes)
 
 
+def mvdream_instantmesh(gigabytes: float = 80) -> ConfigDict:
+    """`mvdream_lgm` with InstantMesh in LGM's place, so that MVDream may look from above, as in its own scripts. Still
+    to be given: pretrained.model, and recon.checkpoint as for `instant3d_instantmesh`."""
+    config = _with_instantmesh(mvdream_lgm(gigabytes), "mvdream")
+    config.painter.elevation = config.recon.elevation = 15.0
+    config.painter.azimuth_start = 0.0
+    return config
+
+
 def get_config(name: str = "carve3d_train") -> ConfigDict:
     """The run called `name`: a function of this file, with its arguments if it has any, as in "data_size(10)".
 
     Raises ValueError when there is no such run or when it gets the wrong arguments.
     """
     with_sizes = (data_size, batch_size, kl_coefficient, multi_round)
-    runs = {run.__name__: run for run in (carve3d_train, fast, *with_sizes, instant3d_grm, mvdream_lgm)}
+    pairs = (instant3d_grm, instant3d_instantmesh, mvdream_lgm, mvdream_instantmesh)
+    runs = {run.__name__: run for run in (carve3d_train, fast, *with_sizes, *pairs)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
@@ -138,6 +156,12 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
     config.prompts.num_train = prompts
     config.per_prompt_stat_tracking.min_count = per_prompt
     config.per_prompt_stat_tracking.buffer_size = 3 * per_prompt  # about three epochs
+    return config
+
+
+def _with_instantmesh(config: ConfigDict, cameras: str) -> ConfigDict:
+    config.recon.name, config.recon.cameras = "instantmesh", cameras
+    config.recon.dtype = "bf16"  # published in float32, so its activations may be too large for float16
     return config
 
 

@@ -36,6 +36,7 @@ PATHS = (  # keys that name files or folders
 )
 
 SPLATTING = ("lgm", "grm")  # reconstructors whose scenes are rendered by gsplat on GPUs
+ANY_CAMERAS = ("instantmesh",)  # reconstructors that follow config.recon.cameras
 
 # The values that a key may have. Painters, reconstructors and rewards are those of the registries in diffusers_patch/
 # loading.py, recon/__init__.py and mrc/rewards.py, which cost seconds to import; a test holds the names here to them.
@@ -48,7 +49,8 @@ CHOICES = {
     "lora.targets": ("attention", "attention+conv"),
     "sample.initial_latents": ("noise", "gaussian_blob"),
     "train.timestep_weighting": ("uniform", "noise"),
-    "recon.name": ("tiny_lrm", "lgm", "grm", "openlrm"),
+    "recon.name": ("tiny_lrm", "lgm", "grm", "openlrm", "instantmesh"),
+    "recon.cameras": ("instant3d", "mvdream", "zero123plus"),
     "recon.dtype": ("fp32", "bf16", "fp16"),
 }
 
@@ -94,6 +96,7 @@ RANGES = {
     "recon.render_size": "[32, inf)",
     "recon.chunk_size": "[1, inf)",
     "recon.input_views": "[1, 4]",
+    "recon.elevation": "[0, 90)",
     "mrc.min_foreground": "[0, 1)",
     "mrc.empty_view_reward": "(-inf, 0)",
     "per_prompt_stat_tracking.buffer_size": "[0, inf)",
@@ -262,6 +265,16 @@ def _check_foreign_keys(config: ConfigDict) -> None:
         raise ValueError(
             f"config.recon.input_views is {config.recon.input_views!r}, which only the reconstructor 'openlrm' can "
             f"follow: set config.recon.name to 'openlrm', or leave the key out"
+        )
+    if config.recon.name not in ANY_CAMERAS and config.recon.cameras != default.recon.cameras:
+        raise ValueError(
+            f"config.recon.cameras is {config.recon.cameras!r}, which only the reconstructor 'instantmesh' can follow: "
+            f"set config.recon.name to 'instantmesh', or leave the key out"
+        )
+    if config.recon.cameras != "mvdream" and config.recon.elevation != default.recon.elevation:
+        raise ValueError(
+            f"config.recon.elevation is {config.recon.elevation!r}, which only config.recon.cameras = 'mvdream' can "
+            f"follow, and that is {config.recon.cameras!r}: set it to 'mvdream', or leave the key out"
         )
 
 

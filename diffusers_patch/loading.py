@@ -14,6 +14,7 @@ from huggingface_hub import list_repo_files
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
+from config.validate import ANY_CAMERAS
 from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
 from diffusers_patch.mvdream import MVDream
@@ -30,12 +31,14 @@ class Painter:
     cameras: config.painter -> where its views stand, known before anything is loaded.
     load_pipeline: (config.pretrained, scheduler, dtype, variant) -> stock diffusers pipeline.
     make_policy: (pipeline, cameras, config) -> MultiViewPolicy.
+    rig: what config.recon.cameras calls these cameras.
     camera_hint: what can be changed if the cameras do not fit the reconstructor's.
     """
 
     cameras: Callable
     load_pipeline: Callable
     make_policy: Callable
+    rig: str
     camera_hint: str = ""
 
 
@@ -65,11 +68,12 @@ def _make_mvdream(pipeline, cameras, config):
 
 
 PAINTERS = {
-    "mv_sdxl": Painter(lambda painter: instant3d_cameras(), _load_sdxl, _make_mv_sdxl),
+    "mv_sdxl": Painter(lambda painter: instant3d_cameras(), _load_sdxl, _make_mv_sdxl, rig="instant3d"),
     "mvdream": Painter(
         lambda painter: mvdream_cameras(painter.elevation, painter.azimuth_start),
         _load_mvdream,
         _make_mvdream,
+        rig="mvdream",
         camera_hint="set config.painter.elevation to the reconstructor's, or ",
     ),
 }
@@ -85,10 +89,17 @@ def check_cameras(config: ConfigDict) -> None:
     if config.reward_fn != "mrc":
         return
     problems = camera_disagreement(painter_cameras(config.painter), reconstructor_cameras(config.recon))
+    painter = PAINTERS[config.painter.name]
+    if problems and config.recon.name in ANY_CAMERAS:
+        elevation = f" and config.recon.elevation to {config.painter.elevation:g}" if painter.rig == "mvdream" else ""
+        raise ValueError(
+            f"the painter {config.painter.name!r} does not paint for config.recon.cameras = {config.recon.cameras!r}: "
+            f"{'; '.join(problems)}; set it to {painter.rig!r}{elevation}"
+        )
     if problems:
         raise ValueError(
             f"the painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit together: "
-            f"{'; '.join(problems)}; {PAINTERS[config.painter.name].camera_hint}choose another config.recon.name or "
+            f"{'; '.join(problems)}; {painter.camera_hint}choose another config.recon.name or "
             f"config.painter.name"
         )
 

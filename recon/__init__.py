@@ -16,6 +16,7 @@ RECONSTRUCTORS = {
     "lgm": "recon.lgm:LGM",
     "grm": "recon.grm:GRM",
     "openlrm": "recon.openlrm:OpenLRM",
+    "instantmesh": "recon.instantmesh:InstantMesh",
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -24,7 +25,7 @@ def reconstructor_cameras(config) -> Cameras:
     """The cameras that the reconstructor of `config` (config.recon) wants its views from, without loading its weights.
 
     Raises ValueError for an unknown config.recon.name."""
-    return _reconstructor_class(config.name).input_cameras()
+    return _reconstructor_class(config.name).cameras_of_config(config)
 
 
 def load_reconstructor(config, device: str | torch.device = "cpu") -> Reconstructor:

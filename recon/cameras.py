@@ -2,7 +2,7 @@
 intrinsics in units of the image size. Every other convention is converted here and nowhere else."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,11 @@ class Cameras:
     def unbind(self) -> list["Cameras"]:
         """Batched cameras (B, V) as B sets of V."""
         return [Cameras(*one) for one in zip(self.c2w, self.fxfycxcy, strict=True)]
+
+    @property
+    def radius(self) -> torch.Tensor:
+        """(..., V) distance from the origin."""
+        return self.c2w[..., :3, 3].norm(dim=-1)
 
     @property
     def elevation(self) -> torch.Tensor:
@@ -109,14 +114,31 @@ def instant3d_cameras() -> Cameras:
     return orbit_cameras([225.0, 315.0, 45.0, 135.0], 20.0, radius=2.7, fov=50.0)
 
 
-def mvdream_cameras(elevation: float = 0.0, azimuth_start: float = 0.0) -> Cameras:
+def mvdream_cameras(elevation: float = 0.0, azimuth_start: float = 0.0, radius: float = 1.5) -> Cameras:
     """MVDream's four views, 90 degrees apart, `elevation` degrees above the horizon.
 
     azimuth_start: that of the first view in degrees, as MVDream counts azimuths, which is 90 more than here.
-    MVDream's own cameras are directions only; radius 1.5 and field of view 49.1 degrees are those of LGM, which its
-    views are commonly given to."""
+    radius: MVDream's own cameras are directions only; 1.5 and the field of view of 49.1 degrees are those of LGM, which
+    its views are commonly given to."""
     azimuth = torch.tensor([0.0, 90.0, 180.0, 270.0]) + azimuth_start - 90.0
-    return orbit_cameras(azimuth, elevation, radius=1.5, fov=49.1)
+    return orbit_cameras(azimuth, elevation, radius, fov=49.1)
+
+
+def zero123plus_cameras() -> Cameras:
+    """The six views of Zero123++ (version 1.2) in reading order of its grid of 3 rows and 2 columns: azimuths 30, 90,
+    ..., 330 degrees from the side of the image that they are painted from, elevations 20 and -10 in turn, field of view
+    30 degrees; radius 4 is what InstantMesh gives them."""
+    return orbit_cameras(torch.arange(30.0, 360.0, 60.0), [20.0, -10.0] * 3, radius=4.0, fov=30.0)
+
+
+# Cameras for a reconstructor that takes any, by the painter whose views they are: elevation in degrees, which only
+# MVDream's can choose -> cameras. MVDream knows no distances: from 2.35 its views show as much of the world as
+# Zero123++'s from 4.
+RIGS: dict[str, Callable[[float], Cameras]] = {
+    "instant3d": lambda elevation: instant3d_cameras(),
+    "mvdream": lambda elevation: mvdream_cameras(elevation, radius=2.35),
+    "zero123plus": lambda elevation: zero123plus_cameras(),
+}
 
 
 def flip_axes(c2w: torch.Tensor) -> torch.Tensor:
@@ -158,15 +180,16 @@ def from_lgm_axes(positions: torch.Tensor, quaternions: torch.Tensor) -> tuple[t
     return _from_lgm_axes(positions), rotated
 
 
-def openlrm_source_vectors(cameras: Cameras) -> torch.Tensor:
-    """The vectors that OpenLRM's transformer is conditioned on, (..., V, 16) for `cameras` (..., V): the upper three
-    rows of the row-major camera-to-world matrix with OpenGL axes, then fx, fy, cx, cy of an image of side length 1."""
+def lrm_source_vectors(cameras: Cameras) -> torch.Tensor:
+    """The vectors that OpenLRM's transformer and InstantMesh's encoder are conditioned on, (..., V, 16) for `cameras`
+    (..., V): the upper three rows of the row-major camera-to-world matrix with OpenGL axes, then fx, fy, cx, cy of an
+    image of side length 1."""
     return torch.cat([flip_axes(cameras.c2w)[..., :3, :].flatten(-2), cameras.fxfycxcy], -1)
 
 
-def cameras_of_openlrm(vectors: torch.Tensor) -> Cameras:
-    """OpenLRM's render cameras (..., V, 25), a row-major camera-to-world matrix with OpenGL axes and a row-major 3x3
-    intrinsic matrix of an image of side length 1, as `Cameras`."""
+def cameras_of_lrm(vectors: torch.Tensor) -> Cameras:
+    """Render cameras of OpenLRM and InstantMesh (..., V, 25) as `Cameras`: a row-major camera-to-world matrix with
+    OpenGL axes, then a row-major 3x3 intrinsic matrix of an image of side length 1, whose skew is left out."""
     intrinsics = vectors[..., 16:]
     return Cameras(flip_axes(vectors[..., :16].unflatten(-1, (4, 4))), intrinsics[..., [0, 4, 2, 5]])
 

@@ -16,9 +16,9 @@ it to compare samples of one prompt; it is not an absolute measure.
 """
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -30,20 +30,13 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 from recon.cameras import (
     Cameras,
     instant3d_cameras,
+    lrm_source_vectors,
     openlrm_canonical_cameras,
     openlrm_canonical_transform,
-    openlrm_source_vectors,
 )
+from recon.lrm import LRM
 from recon.openlrm_checkpoint import convert_openlrm
-from recon.reconstructor import Reconstructor
-from recon.volume_rendering import (
-    RadianceField,
-    TriplaneDecoder,
-    blurred_importance_depths,
-    render_images,
-    render_rays,
-    triplane_field,
-)
+from recon.volume_rendering import RadianceField, check_one_object, render_scenes
 from recon.weights import find_file, read_weights
 
 ENCODERS = {  # with patches of 14 x 14 pixels and positions for images of 518 x 518
@@ -87,8 +80,6 @@ OPTIONS = {  # the config.json of openlrm-obj-*-1.1 and openlrm-mix-*-1.1
 }
 INPUT_SIZES = {512: 224, 768: 336, 1024: 448}  # pixels, by transformer_dim: not in the published config.json
 RECONSTRUCT_BATCH = 8  # views reconstructed at a time, which bounds the memory
-POINTS = 2**18  # points of a scene decoded at a time, which bounds the memory
-CAMERA_NUMBERS = 16  # see `openlrm_source_vectors`
 
 
 class ModulatedNorm(nn.Module):
@@ -103,39 +94,6 @@ class ModulatedNorm(nn.Module):
     def forward(self, tokens, condition):
         shift, scale = self.mlp(condition)[:, None].chunk(2, -1)
         return self.norm(tokens) * (1 + scale) + shift
-
-
-class Block(nn.Module):
-    """Triplane tokens (B, L, width) attend to image features (B, N, features), then to each other."""
-
-    def __init__(self, width, heads, features, condition):
-        super().__init__()
-        self.norm1 = ModulatedNorm(width, condition)
-        self.cross_attn = nn.MultiheadAttention(
-            width, heads, bias=False, kdim=features, vdim=features, batch_first=True
-        )
-        self.norm2 = ModulatedNorm(width, condition)
-        self.self_attn = nn.MultiheadAttention(width, heads, bias=False, batch_first=True)
-        self.norm3 = ModulatedNorm(width, condition)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, tokens, features, condition):
-        tokens = tokens + self.cross_attn(self.norm1(tokens, condition), features, features, need_weights=False)[0]
-        query = self.norm2(tokens, condition)
-        tokens = tokens + self.self_attn(query, query, query, need_weights=False)[0]
-        return tokens + self.mlp(self.norm3(tokens, condition))
-
-
-class Transformer(nn.Module):
-    def __init__(self, layers, width, heads, features, condition):
-        super().__init__()
-        self.layers = nn.ModuleList(Block(width, heads, features, condition) for _ in range(layers))
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-
-    def forward(self, tokens, features, condition):
-        for layer in self.layers:
-            tokens = layer(tokens, features, condition)
-        return self.norm(tokens)
 
 
 @dataclass(frozen=True)
@@ -153,16 +111,13 @@ class SingleViewScenes:
         return len(self.planes)
 
 
-class OpenLRM(Reconstructor):
+class OpenLRM(LRM):
     """Arguments: those of a published config.json, see `OPTIONS`; its `encoder_freeze` only concerns training.
     input_size: side of the input views in pixels, None = the published one. encoder_overrides: entries of the encoder's
     Dinov2WithRegistersConfig that differ from those of `encoder_model_name`. Raises ValueError if they do not fit
     together.
 
-    input_views: K, the number of views that scenes are made of, from the first on; config.recon.input_views.
-
-    Rendering is deterministic, so that equal views always get equal renders: depths in the middle of their bins and
-    evenly spaced inverse-CDF samples, where training drew both at random."""
+    input_views: K, the number of views that scenes are made of, from the first on; config.recon.input_views."""
 
     num_views = 4
     input_views = 4
@@ -184,7 +139,6 @@ class OpenLRM(Reconstructor):
         input_size: int | None = None,
         encoder_overrides: dict | None = None,
     ):
-        super().__init__()
         if encoder_type != "dinov2" or encoder_model_name not in ENCODERS:
             raise ValueError(
                 f"OpenLRM's encoder is {encoder_type!r} / {encoder_model_name!r}, but only 'dinov2' / "
@@ -206,19 +160,20 @@ class OpenLRM(Reconstructor):
                 f"OpenLRM's encoder_feat_dim = {encoder_feat_dim} must be the width of its encoder, "
                 f"{encoder['hidden_size']}."
             )
+        super().__init__(
+            Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**encoder)),
+            camera_width=camera_embed_dim,
+            features=encoder_feat_dim,
+            width=transformer_dim,
+            layers=transformer_layers,
+            heads=transformer_heads,
+            norm=partial(ModulatedNorm, transformer_dim, camera_embed_dim),
+            side=triplane_low_res,
+            channels=triplane_dim,
+            samples=rendering_samples_per_ray,
+        )
         self.input_size = input_size or INPUT_SIZES[transformer_dim]
-        self.side, self.samples = triplane_low_res, rendering_samples_per_ray
-        self.encoder = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**encoder))
         self.encoder.embeddings.mask_token = None  # for pretraining only
-        self.camera_embedder = nn.Sequential(
-            nn.Linear(CAMERA_NUMBERS, camera_embed_dim), nn.SiLU(), nn.Linear(camera_embed_dim, camera_embed_dim)
-        )
-        self.pos_embed = nn.Parameter(torch.randn(1, 3 * self.side**2, transformer_dim) / math.sqrt(transformer_dim))
-        self.transformer = Transformer(
-            transformer_layers, transformer_dim, transformer_heads, encoder_feat_dim, camera_embed_dim
-        )
-        self.upsampler = nn.ConvTranspose2d(transformer_dim, triplane_dim, 2, stride=2)
-        self.decoder = TriplaneDecoder(3 * triplane_dim)
 
     @staticmethod
     def input_cameras() -> Cameras:
@@ -246,28 +201,14 @@ class OpenLRM(Reconstructor):
     def planes(self, image: torch.Tensor, source_camera: torch.Tensor) -> torch.Tensor:
         """Planes (B, 3, C, 2 side, 2 side) of image (B, 3, H, W) in [0, 1] on white.
 
-        source_camera: (B, 16), see `openlrm_source_vectors`."""
-        tokens = self.tokens(image, source_camera).unflatten(1, (3, self.side, self.side))
-        planes = self.upsampler(tokens.flatten(0, 1).permute(0, 3, 1, 2))
-        return planes.unflatten(0, (len(image), 3))
-
-    def field(self, planes: torch.Tensor) -> RadianceField:
-        """The radiance field of planes (B, 3, C, H, W), in their own world, with raw densities, to be activated after
-        interpolation (see `volume_rendering.composite`); -inf outside the box."""
-        everywhere = triplane_field(planes, self.decoder.raw, POINTS)
-
-        def evaluate(points):
-            density, colour = everywhere(points)
-            return density.masked_fill((points.abs() > 1).any(-1), -math.inf), colour
-
-        return evaluate
+        source_camera: (B, 16), see `lrm_source_vectors`."""
+        return self.upsample(self.tokens(image, source_camera))
 
     def radiance_field(self, scene: SingleViewScenes) -> RadianceField:
         """The radiance field of the scene that `render` shows, in the common world; see `Reconstructor`.
 
         Raises ValueError if there is more than one object."""
-        if len(scene) != 1:
-            raise ValueError(f"a radiance field is that of one object and the scene holds {len(scene)}; choose one")
+        check_one_object(scene)
         to_source = openlrm_canonical_transform(scene.sources[0])[:, 0]
         field = self.field(scene.planes[:, 0])
 
@@ -276,43 +217,6 @@ class OpenLRM(Reconstructor):
             return self.decoder.density(raw), colour
 
         return evaluate
-
-    def render_rays(
-        self,
-        planes: torch.Tensor,
-        origins: torch.Tensor,
-        directions: torch.Tensor,
-        fine: bool = True,
-        jitter: torch.Tensor | float = 0.5,
-        u: torch.Tensor | None = None,
-        background: float = 1.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Colour (B, R, 3) and alpha (B, R) of rays through planes (B, 3, C, H, W), in the planes' own world.
-
-        origins, directions: (B, R, 3).
-        fine: spend the second half of the samples where the first half found matter; jitter, u: as for
-        `volume_rendering.render_rays`, but u is evenly spaced from 0 to 1 inclusive if None."""
-        half = self.samples // 2
-        return render_rays(
-            self.field(planes),
-            origins,
-            directions,
-            half,
-            half if fine else 0,
-            jitter,
-            torch.linspace(0, 1, half, device=planes.device) if u is None else u,
-            bins=half - 1,
-            resample=blurred_importance_depths,
-            activation=self.decoder.density,
-            background=background,
-        )
-
-    def set_dtype(self, dtype: torch.dtype) -> Self:
-        """Set the precision of encoder and transformer. Decoder, geometry and compositing stay in float32."""
-        for network in (self.encoder, self.camera_embedder, self.transformer, self.upsampler):
-            network.to(dtype)
-        self.pos_embed.data = self.pos_embed.data.to(dtype)
-        return self
 
     @torch.no_grad()
     def reconstruct(self, views: torch.Tensor, cameras: Cameras) -> SingleViewScenes:
@@ -326,7 +230,7 @@ class OpenLRM(Reconstructor):
             raise ValueError(f"recon.input_views = {K}, but there are {V} views: choose 1 to {V}.")
         cameras = cameras.expand(B)[:K].to(views.device)
         one_by_one = Cameras(cameras.c2w.flatten(0, 1)[:, None], cameras.fxfycxcy.flatten(0, 1)[:, None])
-        vectors = openlrm_source_vectors(openlrm_canonical_cameras(one_by_one, one_by_one))[:, 0]
+        vectors = lrm_source_vectors(openlrm_canonical_cameras(one_by_one, one_by_one))[:, 0]
         images = resize_input(views[:, :K].flatten(0, 1).float(), self.input_size)
         parts = zip(images.split(RECONSTRUCT_BATCH), vectors.split(RECONSTRUCT_BATCH), strict=True)
         planes = torch.cat([self.planes(*part).float() for part in parts])
@@ -367,21 +271,7 @@ class OpenLRM(Reconstructor):
         """Images (B, M, 3, size, size) and alpha (B, M, 1, size, size) of the scenes made of source view `source`."""
         cameras = cameras.expand(len(scene)).to(scene.planes.device)
         seen = openlrm_canonical_cameras(cameras, scene.sources[source])
-        rendered = [
-            self._render_planes(planes, one_scene_cameras, size)
-            for planes, one_scene_cameras in zip(scene.planes[:, source], seen.unbind(), strict=True)
-        ]
-        images, alpha = zip(*rendered, strict=True)
-        return torch.stack(images), torch.stack(alpha)
-
-    def _render_planes(self, planes, cameras, size):
-        """Images (M, 3, size, size) and alpha (M, 1, size, size) of planes (3, C, H, W); cameras: M in their world."""
-
-        def render(origins, directions):
-            colour, alpha = self.render_rays(planes[None], origins[None], directions[None])
-            return colour[0], alpha[0]
-
-        return render_images(render, cameras, size, self.chunk_size)
+        return render_scenes(self.ray_renderer, scene.planes[:, source], seen, size, self.chunk_size)
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path) -> Self:

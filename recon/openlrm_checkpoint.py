@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from recon.weights import check_weights
+from recon.weights import check_weights, renamed
 
 RENAMED = {  # pattern of our names -> published name, applied in this order
     r"^encoder\.embeddings\.position_embeddings$": "encoder.model.pos_embed",
@@ -29,9 +29,7 @@ RENAMED = {  # pattern of our names -> published name, applied in this order
 
 def published_name(name: str) -> str:
     """The published name of the weight `name`, or of the matrix that it is stacked in."""
-    for pattern, published in RENAMED.items():
-        name = re.sub(pattern, published, name)
-    return name
+    return renamed(name, RENAMED)
 
 
 def published_shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:

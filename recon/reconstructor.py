@@ -45,9 +45,14 @@ class Reconstructor(nn.Module, ABC):
     def input_cameras() -> Cameras:
         """The V cameras that the input views must be taken from; known before any weights are loaded."""
 
+    @classmethod
+    def cameras_of_config(cls, config) -> Cameras:
+        """The `cameras` of the model that `config` (config.recon) describes; known before any weights are loaded."""
+        return cls.input_cameras()
+
     @property
     def cameras(self) -> Cameras:
-        """`input_cameras` on the model's device."""
+        """The cameras that the input views are taken for, on the model's device."""
         return self.input_cameras().to(self.device)
 
     @property

@@ -6,6 +6,7 @@ model small enough to be trained on one CPU core. Everything after the planes (d
 """
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Self
@@ -21,9 +22,10 @@ from recon.volume_rendering import (
     RadianceField,
     Triplane,
     TriplaneDecoder,
+    check_one_object,
     occupancy_grid,
-    render_images,
     render_occupied,
+    render_scenes,
     triplane_field,
 )
 from recon.weights import check_weights, read_weights
@@ -146,8 +148,7 @@ class TinyLRM(Reconstructor):
 
     def radiance_field(self, scene: Triplane) -> RadianceField:
         """The radiance field of a scene, see `Reconstructor`. Raises ValueError if there is more than one object."""
-        if len(scene) != 1:
-            raise ValueError(f"a radiance field is that of one object and the scene holds {len(scene)}; choose one")
+        check_one_object(scene)
         return self.field(scene.planes)
 
     @torch.no_grad()
@@ -158,17 +159,15 @@ class TinyLRM(Reconstructor):
         )
         return Triplane(torch.cat([self.planes(*part).float() for part in parts]))
 
+    def ray_renderer(self, planes: torch.Tensor) -> Callable:
+        """The renderer of one scene's planes (1, 3, C, H, W), as `volume_rendering.render_scenes` wants it."""
+        field = self.field(planes)
+        occupied = occupancy_grid(field, 1, OCCUPANCY, OCCUPIED, planes.device)[0]
+        return partial(render_occupied, field, occupied, samples=SAMPLES)
+
     @torch.no_grad()
     def render(self, scene: Triplane, cameras: Cameras, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, alpha = [], []
-        for planes, one_scene_cameras in zip(scene.planes, cameras.expand(len(scene)).unbind(), strict=True):
-            field = self.field(planes[None])
-            occupied = occupancy_grid(field, 1, OCCUPANCY, OCCUPIED, planes.device)[0]
-            render = partial(render_occupied, field, occupied, samples=SAMPLES)
-            rendered = render_images(render, one_scene_cameras, size, self.chunk_size)
-            images.append(rendered[0])
-            alpha.append(rendered[1])
-        return torch.stack(images), torch.stack(alpha)
+        return render_scenes(self.ray_renderer, scene.planes, cameras, size, self.chunk_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors, the weights in float16."""

@@ -37,6 +37,12 @@ class Triplane:
         return len(self.planes)
 
 
+def check_one_object(scene) -> None:
+    """Raise ValueError if `scene` is a batch of more than one object, which has no single radiance field."""
+    if len(scene) != 1:
+        raise ValueError(f"a radiance field is that of one object and the scene holds {len(scene)}; choose one")
+
+
 def sample_planes(planes: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Bilinear features (B, P, 3 C) of points (B, P, 3) in planes (B, 3, C, H, W), zero outside the box."""
     B, _, C, _, _ = planes.shape
@@ -150,8 +156,9 @@ def importance_depths(
 def blurred_importance_depths(
     depths: torch.Tensor, weights: torch.Tensor, samples: int, u: torch.Tensor
 ) -> torch.Tensor:
-    """`importance_depths` as OpenLRM was trained with: the weights of the inner intervals, blurred by mip-NeRF's filter
-    (max(w_{i-1}, w_i) + max(w_i, w_{i+1})) / 2 + 0.01 (Barron et al. 2021), over bins between the intervals' midpoints.
+    """`importance_depths` as OpenLRM and InstantMesh were trained with: the weights of the inner intervals, blurred by
+    mip-NeRF's filter (max(w_{i-1}, w_i) + max(w_i, w_{i+1})) / 2 + 0.01 (Barron et al. 2021), over bins between the
+    intervals' midpoints.
 
     depths: (..., D) with D >= 4. As in the published code there is one bin more than there are weights and the last
     bin is never used, so that every weight stands half an interval in front of its place."""
@@ -213,6 +220,21 @@ def render_images(render: Callable, cameras: Cameras, size: int, chunk_size: int
     parts = [render(o, d) for o, d in zip(origins.split(chunk_size), directions.split(chunk_size), strict=True)]
     colour, alpha = (torch.cat(values).unflatten(0, (len(cameras), size, size)) for values in zip(*parts, strict=True))
     return colour.permute(0, 3, 1, 2).clamp(0, 1), alpha[:, None]
+
+
+def render_scenes(
+    ray_renderer: Callable, planes: torch.Tensor, cameras: Cameras, size: int, chunk_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (B, M, 3, size, size) in [0, 1] and alpha (B, M, 1, size, size) of the scenes of planes (B, 3, C, H, W).
+
+    ray_renderer: planes (1, 3, C, H, W) of one scene -> `render` as for `render_images`, as is chunk_size; cameras: M
+    common to all scenes, or (B, M)."""
+    rendered = [
+        render_images(ray_renderer(one_scene[None]), one_scene_cameras, size, chunk_size)
+        for one_scene, one_scene_cameras in zip(planes, cameras.expand(len(planes)).unbind(), strict=True)
+    ]
+    images, alpha = zip(*rendered, strict=True)
+    return torch.stack(images), torch.stack(alpha)
 
 
 def occupancy_grid(

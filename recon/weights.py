@@ -3,18 +3,21 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
+from zipfile import is_zipfile
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors.torch import load_file
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 
 def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
     """{key: tensor} of a .safetensors file, or of a torch file, from its entry "state_dict" if it has one.
 
-    Raises FileNotFoundError if there is no such file, ValueError if it cannot be read: an incomplete download, or no
-    weights."""
+    Raises FileNotFoundError if there is no such file, ValueError if it cannot be read: an incomplete download, no
+    weights, or code besides them, of which nothing is run."""
     file = Path(file)
     if not file.is_file():
         raise FileNotFoundError(f"{file} does not exist: give a file of weights.")
@@ -24,10 +27,22 @@ def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         return state.get("state_dict", state)
     except Exception as error:
+        if foreign := _foreign_objects(file, error):
+            raise ValueError(
+                f"{file} was refused, and no code in it was run, because it holds {', '.join(foreign[:3])} besides "
+                f"tensors and plain containers: give a file of weights."
+            ) from error
         raise ValueError(
             f"{file} could not be read as a file of weights ({type(error).__name__}: {_first_line(error)}): download "
             f"it again."
         ) from error
+
+
+def renamed(name: str, patterns: Mapping[str, str]) -> str:
+    """`name` with every regular expression of `patterns` replaced by what stands for it, in their order."""
+    for pattern, replacement in patterns.items():
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def find_file(checkpoint: str | Path, name: str, remedy: str) -> Path:
@@ -81,10 +96,18 @@ def check_weights(
         raise ValueError(f"These are not the weights of {model}: {found}. Give {remedy}.")
 
 
+def _foreign_objects(file, error):
+    """The names of what an unpickler that refused `file` with `error` would have had to import; none if it was refused
+    for being no file of torch's."""
+    if not isinstance(error, UnpicklingError) or not is_zipfile(file):
+        return []
+    return sorted(get_unsafe_globals_in_checkpoint(file)) or ["an unknown instruction"]
+
+
 def _first_line(error):
     return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
 def _may_be_hub_id(checkpoint):
-    is_path_of_a_file = Path(checkpoint).suffix in (".safetensors", ".pth")
+    is_path_of_a_file = Path(checkpoint).suffix in (".safetensors", ".pth", ".ckpt")
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint) and not is_path_of_a_file

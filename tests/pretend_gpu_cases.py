@@ -113,13 +113,16 @@ def painter(run, precision, checkpointing=False):
 
 
 def reconstructors(dtype):
-    """MRC of two samples by a full-size reconstructor of every kind: {name: what was found}."""
+    """MRC of two samples by a full-size reconstructor of every kind, and by that of a run: {name: what was found}."""
     found = {}
+    runs = dict.fromkeys(RECONSTRUCTORS, "carve3d_train") | {"mvdream_instantmesh": "mvdream_instantmesh"}
     with pretend_gpu() as gpu:
         views = torch.rand(2, 4, 3, 256, 256, device=GPU)
-        for name in RECONSTRUCTORS:
-            settings = dgx.carve3d_train().recon
-            settings.name, settings.checkpoint, settings.dtype = name, name, dtype
+        for name, run in runs.items():
+            settings = dgx.get_config(run).recon
+            if name in RECONSTRUCTORS:
+                settings.name = name
+            settings.checkpoint, settings.dtype = settings.name, dtype
             settings.chunk_size, settings.render_size = 2**22, 128
             judge = MRC(load_reconstructor(settings, GPU), LPIPS().to(GPU), render_size=128)
             gpu.watch.problems.clear()

@@ -58,7 +58,9 @@ def parse(*arguments):
         "config/dgx.py",
         "config/dgx.py:carve3d_train",
         "config/dgx.py:instant3d_grm",
+        "config/dgx.py:instant3d_instantmesh",
         "config/dgx.py:mvdream_lgm",
+        "config/dgx.py:mvdream_instantmesh",
     ],
 )
 def test_flags_reach_every_configuration(name):
@@ -81,7 +83,7 @@ def test_flags_reach_a_sweep():
     assert (config.per_prompt_stat_tracking.min_count, config.per_prompt_stat_tracking.buffer_size) == (76, 228)
 
 
-@pytest.mark.parametrize("run", ["instant3d_grm", "mvdream_lgm"])
+@pytest.mark.parametrize("run", ["instant3d_grm", "instant3d_instantmesh", "mvdream_lgm", "mvdream_instantmesh"])
 def test_runs_for_smaller_gpus(run):
     large, small = dgx.get_config(run), dgx.get_config(f"{run}(24)")
     assert not large.train.gradient_checkpointing and small.train.gradient_checkpointing

@@ -255,6 +255,13 @@ def args_of(world, **changes):
     return SimpleNamespace(config=configuration(world, **keys), **{key: changes.get(key, own[key]) for key in own})
 
 
+def test_a_judge_of_any_cameras_gets_the_painters(world):
+    config = configuration(world, painter__name="mvdream", painter__elevation=5.0)
+    judge = evaluate.judge_config(config, "instantmesh", "x").recon
+    assert (judge.name, judge.cameras, judge.elevation) == ("instantmesh", "mvdream", 5.0)
+    assert evaluate.judge_config(configuration(world), "instantmesh", "x").recon.cameras == "instant3d"
+
+
 def broken_loras(world, folder):
     """{kind: folder} of LoRAs that cannot be evaluated."""
     good = load_file(world / "run/final" / LORA_FILE)

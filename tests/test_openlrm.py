@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 
 from recon.cameras import (
     Cameras,
-    cameras_of_openlrm,
+    cameras_of_lrm,
     flip_axes,
     instant3d_cameras,
     look_at,
+    lrm_source_vectors,
     openlrm_canonical_cameras,
-    openlrm_source_vectors,
     orbit_cameras,
     project,
     rays,
@@ -79,7 +79,7 @@ def test_points_in_and_outside_the_box(golden):
 
 def golden_rays(data):
     """Origins and directions (B, M size^2, 3) of the render cameras."""
-    return (x.flatten(1, 2) for x in rays(cameras_of_openlrm(data["in/render_cameras"]), RENDER_SIZE))
+    return (x.flatten(1, 2) for x in rays(cameras_of_lrm(data["in/render_cameras"]), RENDER_SIZE))
 
 
 def as_images(values, views):
@@ -157,7 +157,7 @@ def test_a_view_to_a_scene_to_images():
         source = Cameras(look_at((0.0, -2.0, 0.0))[None], torch.tensor([[0.75, 0.75, 0.5, 0.5]]))
         scene = model.reconstruct(data["in/image01"][:1, None], source)
         assert far_apart(scene.planes[:, 0], data["out/planes"][:1]) < 2e-5
-        images, alpha = model.render(scene, cameras_of_openlrm(data["in/render_cameras"][0]), RENDER_SIZE)
+        images, alpha = model.render(scene, cameras_of_lrm(data["in/render_cameras"][0]), RENDER_SIZE)
         assert far_apart(images, data["out/render_mid/images_rgb"][:1].clamp(0, 1)) < 1e-4
         assert far_apart(alpha, data["out/render_mid/images_weight"][:1]) < 1e-4
 
@@ -217,7 +217,7 @@ def test_fewer_input_views_and_smaller_chunks_change_nothing_else(model, monkeyp
     monkeypatch.setattr(model, "input_views", 2)
     monkeypatch.setattr(model, "chunk_size", 50)
     monkeypatch.setattr("recon.openlrm.RECONSTRUCT_BATCH", 1)
-    monkeypatch.setattr("recon.openlrm.POINTS", 64)
+    monkeypatch.setattr("recon.lrm.POINTS", 64)
     some = model.reconstruct(views, cameras)
     assert some.planes.shape[1] == 2 and len(some.sources) == 2
     for i in range(2):
@@ -308,16 +308,16 @@ def test_camera_vectors_there_and_back():
     focal, centre, size = CAMERAS["intrinsics/in"][0]
     intrinsics = torch.cat([focal / size, centre / size])
     camera = Cameras(look_at(CAMERAS["lookat/positions"][:1]), intrinsics[None])
-    assert (openlrm_source_vectors(camera) - CAMERAS["intrinsics/principle"]).abs().max() < 1e-6
-    read = cameras_of_openlrm(CAMERAS["intrinsics/standard"])
+    assert (lrm_source_vectors(camera) - CAMERAS["intrinsics/principle"]).abs().max() < 1e-6
+    read = cameras_of_lrm(CAMERAS["intrinsics/standard"])
     assert (read.c2w - camera.c2w).abs().max() < 1e-6 and (read.fxfycxcy - camera.fxfycxcy).abs().max() < 1e-6
     default = Cameras(look_at((0.0, -2.0, 0.0))[None], torch.tensor([[0.75, 0.75, 0.5, 0.5]]))
-    assert torch.equal(openlrm_source_vectors(default), CAMERAS["default/source_camera"])
+    assert torch.equal(lrm_source_vectors(default), CAMERAS["default/source_camera"])
 
 
 def test_rays_are_those_of_the_public_code(golden):
     _, data = golden
-    origins, directions = rays(cameras_of_openlrm(data["in/render_cameras"][0]), RENDER_SIZE)
+    origins, directions = rays(cameras_of_lrm(data["in/render_cameras"][0]), RENDER_SIZE)
     assert far_apart(origins, data["out/ray_origins_0"]) < 1e-6
     assert far_apart(directions, data["out/ray_dirs_0"]) < 1e-6
 

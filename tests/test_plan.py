@@ -56,18 +56,39 @@ def test_without_a_compiler_it_says_what_is_missing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.pretend_gpu
-def test_the_published_run():
-    run = [sys.executable, "-m", "tools.plan", "--config", "config/dgx.py:carve3d_train", "--gpus", "48"]
-    done = subprocess.run([*run, "--config.recon.name=grm"], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("run", "changes", "update", "everything", "hours"),
+    [
+        # 100 backward passes of 15.4, and without gradients from painting 100 more passes of 13.5
+        ("carve3d_train", ["--config.train.gradients_while_painting=False"], 2898, 5621, "10.9"),
+        ("carve3d_train", [], 1543, 4267, "8.3"),
+        ("fast", [], 1543 / 5, 1815, "3.6"),
+    ],
+)
+def test_the_published_run(run, changes, update, everything, hours):
+    command = [sys.executable, "-m", "tools.plan", "--config", f"config/dgx.py:{run}", "--gpus", "48", *changes]
+    done = subprocess.run([*command, "--config.recon.name=grm"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     memory, flops = done.stdout.split("TFLOP per sample")
     gib = {name: float(value) for name, value in re.findall(r"^  ([\w ]+?) +(\d+\.\d\d)", memory, flags=re.M)}
     tflop = {name: float(value.replace(",", "")) for name, value in re.findall(r"^  (\w+) +(\S+)$", flops, flags=re.M)}
     # saved for the backward pass of 4 samples without checkpointing, and the network at work
-    assert gib["update"] - gib["weights"] == pytest.approx(58.7, rel=0.02)
+    assert gib["update"] - gib["weights"] == pytest.approx(57, rel=0.05)
     assert tflop["policy"] == pytest.approx(1354, rel=0.02)  # 100 guided passes of 13.5
-    assert tflop["update"] == pytest.approx(2898, rel=0.02)  # and 100 backward passes of 15.4
-    assert tflop["all"] == pytest.approx(5621, rel=0.02) and "10.9 hours" in flops
+    assert tflop["update"] == pytest.approx(update, rel=0.02)
+    assert tflop["all"] == pytest.approx(everything, rel=0.02) and f"{hours} hours" in flops
+
+
+@pytest.mark.slow
+@pytest.mark.pretend_gpu
+@pytest.mark.parametrize(("name", "tflops"), [("instant3d_instantmesh", 9.2), ("mvdream_instantmesh", 4.4)])
+def test_runs_with_instantmesh(name, tflops):
+    """What the large InstantMesh costs: 378 M weights in half precision; 2.8 TFLOP to reconstruct, and the renders."""
+    run = [sys.executable, "-m", "tools.plan", "--config", f"config/dgx.py:{name}", "--gpus", "8"]
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "reward 0.7, painter" in done.stdout, done.stderr
+    reward = re.search(r"TFLOP per sample.*^  reward +(\S+)$", done.stdout, flags=re.M | re.S)[1]
+    assert float(reward) == pytest.approx(tflops, rel=0.02)
 
 
 @pytest.mark.pretend_gpu

@@ -24,6 +24,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from diffusers_patch.mv_sdxl import MVSDXL
 from recon.cameras import instant3d_cameras
 from recon.grm import GRM
+from recon.instantmesh import InstantMesh
+from recon.instantmesh_checkpoint import published_weights
 from recon.lgm import LGM
 from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
@@ -277,9 +279,38 @@ SMALL_LGM = dict(
     up_attention=(True, False),
     splat_size=32,
 )
+SMALL_INSTANTMESH = dict(  # with attention heads of 64 channels, which is how a file of it is understood
+    encoder_feat_dim=64,
+    transformer_dim=64,
+    transformer_layers=2,
+    transformer_heads=1,
+    triplane_low_res=4,
+    triplane_high_res=8,
+    triplane_dim=8,
+    rendering_samples_per_ray=16,
+    input_size=32,
+    encoder_overrides=dict(
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=1,
+        intermediate_size=256,
+        image_size=32,
+        patch_size=8,
+    ),
+)
+
+
+def save_as_lightning(model, file, **entries):
+    """Write the weights of an InstantMesh as they are published, a checkpoint of PyTorch Lightning; entries: others
+    than the weights, or in their place."""
+    state = {"state_dict": published_weights(model), "epoch": 3, "pytorch-lightning_version": "2.1.2"}
+    torch.save(state | entries, file)
+
+
 SMALL_RECONSTRUCTORS = {
     "tiny_lrm": lambda: TinyLRM(width=8, volume=8, voxel_channels=4, plane_width=32, plane_channels=4, hidden=16),
     "lgm": lambda: LGM(**SMALL_LGM),
     "grm": lambda: GRM(**SMALL_GRM),
     "openlrm": lambda: OpenLRM(**openlrm_config("a")),
+    "instantmesh": lambda: InstantMesh(**SMALL_INSTANTMESH),
 }

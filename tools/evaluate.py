@@ -49,14 +49,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from config import cli
-from config.validate import CHOICES, flatten, validate
+from config.validate import ANY_CAMERAS, CHOICES, flatten, validate
 from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import start_accelerator
 from ddpo.steps import draw_reference_steps
-from diffusers_patch.loading import check_cameras, load_painter, painter_cameras
+from diffusers_patch.loading import PAINTERS, check_cameras, load_painter, painter_cameras
 from diffusers_patch.policy import LORA_FILE
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
@@ -134,6 +134,8 @@ def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -
         raise ValueError("--judge and --judge_checkpoint belong together: give both, or neither for no second judge")
     judge = copy.deepcopy(config)
     judge.recon.name, judge.recon.checkpoint = name, checkpoint
+    if name in ANY_CAMERAS:
+        judge.recon.cameras, judge.recon.elevation = PAINTERS[config.painter.name].rig, config.painter.elevation
     problems = camera_disagreement(painter_cameras(config.painter), reconstructor_cameras(judge.recon))
     if problems:
         raise ValueError(

@@ -43,7 +43,10 @@ STRENGTHS = {  # kind -> what is tried, from weak to strong, and its unit
 TRIALS = [(kind, strength) for kind, (strengths, _) in STRENGTHS.items() for strength in strengths]
 VIEW = 3  # the one that is distorted
 BATCH = 8
-DISTANCE = 2.7  # from which the small world's objects fill a view of 50 degrees as they should
+DISTANCE, FOCAL = (
+    2.7,
+    0.5 / math.tan(math.radians(25)),
+)  # with which the small world's objects fill a view as they should
 
 
 def rotate_hue(image: torch.Tensor, degrees: float) -> torch.Tensor:
@@ -87,7 +90,8 @@ def with_distorted_view(
 def fitted_cameras(cameras: Cameras) -> Cameras:
     """`cameras` (V,) at the distance from which the small world's objects fill them: reconstructors differ in scale."""
     c2w = cameras.c2w.clone()
-    c2w[:, :3, 3] *= DISTANCE / c2w[:, :3, 3].norm(dim=-1, keepdim=True)
+    distance = DISTANCE * (cameras.fxfycxcy[:, :1] / FOCAL)
+    c2w[:, :3, 3] *= distance / cameras.radius[:, None]
     return Cameras(c2w, cameras.fxfycxcy)
 
 

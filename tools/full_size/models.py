@@ -23,6 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from diffusers_patch import loading, mvdream, mvdream_checkpoints
 from recon.grm import GRM
+from recon.instantmesh import InstantMesh
+from recon.instantmesh_checkpoint import OPTIONS as INSTANTMESH_OPTIONS
 from recon.lgm import LGM
 from recon.openlrm import OPTIONS as OPENLRM_OPTIONS
 from recon.openlrm import OpenLRM
@@ -199,12 +201,18 @@ def _openlrm(checkpoint):
     return OpenLRM(**(_read_folder(checkpoint) or OPENLRM_OPTIONS[named]))
 
 
+def _instantmesh(checkpoint):
+    """Of the size that the file's name says, as in instant_nerf_base.ckpt; "large" if it says none."""
+    return InstantMesh(**INSTANTMESH_OPTIONS["base" if "base" in Path(checkpoint).name else "large"])
+
+
 # config.recon.name -> class, and checkpoint -> model
 MAKE_RECONSTRUCTOR: dict[str, tuple[type[nn.Module], Callable]] = {
     "tiny_lrm": (TinyLRM, _tiny_lrm),
     "lgm": (LGM, _lgm),
     "grm": (GRM, _grm),
     "openlrm": (OpenLRM, _openlrm),
+    "instantmesh": (InstantMesh, _instantmesh),
 }
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from ml_collections import ConfigDict
 
-import recon.openlrm
-import recon.tiny_lrm
+from recon import volume_rendering
 from recon.volume_rendering import render_images
 from tools.full_size.stages import Measurement, measure_reward, measure_run
 from tools.pretend_gpu.gpu import PretendGPU, pretend_gpu
@@ -36,9 +35,6 @@ def _one_chunk_of_rays(gpu: PretendGPU) -> Iterator[None]:
 
         return render_images(render_once, cameras, size, chunk_size)
 
-    modules = (recon.openlrm, recon.tiny_lrm)
-    for module in modules:
-        module.render_images = render_one_chunk
+    volume_rendering.render_images = render_one_chunk
     yield
-    for module in modules:
-        module.render_images = render_images
+    volume_rendering.render_images = render_images
