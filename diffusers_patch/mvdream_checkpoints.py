@@ -8,6 +8,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_patch.conversion import load_tokenizer
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
 from recon.weights import read_weights
 
@@ -45,6 +46,7 @@ TEXT_ENCODER = {  # OpenCLIP ViT-H without its last layer: the condition is the 
 }
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TEXT_PREFIX = "cond_stage_model.model."
+CLIP_FOLDER = "a folder with CLIP's tokenizer, which is in the folder `tokenizer` of any Stable Diffusion"
 
 
 def load_mvdream_pipeline(
@@ -129,18 +131,17 @@ def _unet_weights(source, revision):
 
 
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
-    if not tokenizer or not (Path(tokenizer) / "vocab.json").is_file():
-        raise FileNotFoundError(
-            f"{file.name} is an ldm file, which has no tokenizer, and {tokenizer or 'nothing'!r} has no "
-            f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion)"
-        )
+    if not tokenizer:
+        raise FileNotFoundError(f"{file.name} is an ldm file, which has no tokenizer: give {CLIP_FOLDER}")
+    configs = {"unet": unet or {}, "vae": VAE | (vae or {}), "text_encoder": TEXT_ENCODER | (text_encoder or {})}
+    tokenizer = load_tokenizer(tokenizer, "", configs["text_encoder"]["vocab_size"], CLIP_FOLDER)
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
         raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
-    painter = convert_mvdream_unet(weights, **(unet or {}))
-    decoder = AutoencoderKL(**{**VAE, **(vae or {})})
+    painter = convert_mvdream_unet(weights, **configs["unet"])
+    decoder = AutoencoderKL(**configs["vae"])
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)
-    encoder = CLIPTextModel(CLIPTextConfig(**{**TEXT_ENCODER, **(text_encoder or {})}))
+    encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
     layers = encoder.config.num_hidden_layers
     text = {
         key: value
@@ -148,9 +149,7 @@ def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_en
         if key.startswith(TEXT_PREFIX) and f"resblocks.{layers}." not in key and "text_projection" not in key
     }
     _load(encoder, convert_open_clip_checkpoint(encoder, text, TEXT_PREFIX), file)
-    return _assemble(
-        painter, decoder, encoder, CLIPTokenizer.from_pretrained(tokenizer), scheduler or DDIMScheduler(**SCHEDULER)
-    )
+    return _assemble(painter, decoder, encoder, tokenizer, scheduler or DDIMScheduler(**SCHEDULER))
 
 
 def _load(model, state, file):

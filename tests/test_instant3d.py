@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from config import base, dgx
+from diffusers_patch.conversion import save_pipeline
 from diffusers_patch.gaussian_blob import blob_latent, fused_start, gaussian_blob
 from diffusers_patch.instant3d_checkpoint import (
     CONFIGS,
@@ -21,7 +22,6 @@ from diffusers_patch.instant3d_checkpoint import (
     convert_instant3d,
     load_instant3d_pipeline,
     load_tokenizers,
-    save_pipeline,
     unused_keys,
 )
 from diffusers_patch.loading import check_cameras, load_painter
