@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import list_repo_files
+from huggingface_hub import list_repo_files, try_to_load_from_cache
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
@@ -141,12 +141,24 @@ def weights_variant(pretrained: ConfigDict) -> str | None:
     elif model.is_file():
         return None
     else:
-        try:
-            files = list_repo_files(pretrained.model, revision=pretrained.revision)
-        except Exception:  # no network, no such id: said when the pipeline is loaded, unless that finds it in the cache
-            return None
-        names = {file.removeprefix("unet/") for file in files if file.startswith("unet/")}
+        names = _unet_files_on_hub(pretrained, plain, half)
     return "fp16" if half in names and plain not in names else None
+
+
+def _unet_files_on_hub(pretrained, *wanted):
+    """Names of files in the folder unet of a hub id.
+
+    Those of `wanted` that are in the local cache, if the first of them is: the hub is not asked then, which without
+    network takes half a minute. Otherwise all that the hub has, or what is in the cache if it is out of reach."""
+    where = {"repo_id": pretrained.model, "revision": pretrained.revision}
+    cached = set()
+    try:
+        cached = {name for name in wanted if isinstance(try_to_load_from_cache(filename=f"unet/{name}", **where), str)}
+        if wanted[0] in cached:
+            return cached
+        return {file.removeprefix("unet/") for file in list_repo_files(**where) if file.startswith("unet/")}
+    except Exception:  # no network, no such id: said when the pipeline is loaded, unless that finds it in the cache
+        return cached
 
 
 def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:

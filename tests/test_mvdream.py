@@ -20,9 +20,9 @@ from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
 from tests import children
-from tests.tiny_models import LATENT, make_mvdream, make_world, settings
-from tiny.train_painter import make_tokenizer
+from tests.tiny_models import letter_tokenizer, make_mvdream, make_world, settings
 from tools import convert_mvdream
+from tools.rehearsal.checkpoints import LATENT
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "mvdream_manifest.json").read_text())
@@ -189,8 +189,8 @@ def ldm():
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
+    letter_tokenizer(folder / "clip")
+    return folder / "clip"
 
 
 def from_ldm(ldm, file, tokenizer):

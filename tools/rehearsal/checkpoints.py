@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from safetensors.torch import save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
 
 from diffusers_patch.conversion import CLIP_TOKENS
 from diffusers_patch.instant3d_checkpoint import CONFIGS, NOT_NEEDED, PARTS, load_tokenizers
@@ -125,6 +126,7 @@ class Checkpoint:
 
 def write_painter(config: ConfigDict, folder: Path) -> Checkpoint:
     """Write the painter that `config` trains: MVDream, Instant3D (which starts from blobs), or any other SDXL."""
+    transformers_logging.disable_progress_bar()  # of writing files
     torch.manual_seed(0)
     if config.painter.name == "mvdream":
         return write_mvdream(folder)
