@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTokenizer
 
 from recon.weights import find_file
 
@@ -45,6 +45,20 @@ def load_tokenizer(place: str | Path, subfolder: str, vocabulary: int, remedy: s
         )
     # a folder that has the vocabulary and the merges alone does not say it
     found.model_max_length = min(found.model_max_length, CLIP_TOKENS)
+    return found
+
+
+def load_tokenizers_of(folder: str | Path, *names: str) -> dict[str, CLIPTokenizer]:
+    """{name: tokenizer} of a pipeline folder, checked against its text encoders; names: "tokenizer", "tokenizer_2".
+
+    {} for anything but a folder: on the hub pipelines are complete. Raises FileNotFoundError or ValueError."""
+    if not Path(folder).is_dir():
+        return {}
+    remedy = "a complete folder, of which its tokenizers are a part"
+    found = {}
+    for name in names:
+        text = CLIPTextConfig.from_pretrained(folder, subfolder=name.replace("tokenizer", "text_encoder"))
+        found[name] = load_tokenizer(folder, name, text.vocab_size, remedy)
     return found
 
 

@@ -8,9 +8,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from diffusers_patch.conversion import load_tokenizer
+from diffusers_patch.conversion import load_tokenizer, load_tokenizers_of
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
-from recon.weights import read_weights
+from recon.weights import may_be_hub_id, read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {
@@ -46,7 +46,10 @@ TEXT_ENCODER = {  # OpenCLIP ViT-H without its last layer: the condition is the 
 }
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TEXT_PREFIX = "cond_stage_model.model."
-CLIP_FOLDER = "a folder with CLIP's tokenizer, which is in the folder `tokenizer` of any Stable Diffusion"
+CLIP_FOLDER = (
+    "with --tokenizer, or for a run with config.pretrained.tokenizer, a folder with CLIP's tokenizer, as `tokenizer` of "
+    "any Stable Diffusion is"
+)
 
 
 def load_mvdream_pipeline(
@@ -69,6 +72,8 @@ def load_mvdream_pipeline(
     """
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
+    if not Path(source).is_dir() and not may_be_hub_id(str(source)):
+        raise FileNotFoundError(f"{source} does not exist: give a file, folder or hub id of MVDream")
     where = {
         "pretrained_model_name_or_path": str(source),
         "revision": revision,
@@ -76,9 +81,16 @@ def load_mvdream_pipeline(
     }
     unet = UNet2DConditionModel.load_config(**where, subfolder="unet")
     scheduler = scheduler or DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
+    tokenizer = load_tokenizers_of(source, "tokenizer")
     if unet["_class_name"] == "UNet2DConditionModel":
+        if unet.get("class_embed_type") != "projection":
+            raise ValueError(
+                f"{source} holds a painter that no cameras are given to, so it is no MVDream: give one, or set "
+                f"config.painter.name to 'mv_sdxl' for an SDXL"
+            )
         return StableDiffusionPipeline.from_pretrained(
             **where,
+            **tokenizer,
             scheduler=scheduler,
             dtype=dtype,
             variant=variant,
@@ -90,7 +102,7 @@ def load_mvdream_pipeline(
         convert_mvdream_unet(_unet_weights(source, revision), **stock_unet_config(unet)),
         AutoencoderKL.from_pretrained(**where, subfolder="vae"),
         CLIPTextModel.from_pretrained(**where, subfolder="text_encoder"),
-        CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer"),
+        tokenizer.get("tokenizer") or CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer"),
         scheduler,
     )
 
