@@ -229,7 +229,8 @@ def fuse_lora(pipeline, folder: str | Path) -> None:
             f"format, or '' for none"
         )
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it would warn that the file holds nothing for the text encoders
+    # or it would warn that the file holds nothing for the text encoders, and list what does not fit
+    diffusers_logging.set_verbosity(diffusers_logging.FATAL)
     try:
         pipeline.load_lora_weights(folder)
     except RuntimeError as error:  # shapes that differ, hundreds of lines of them
@@ -237,7 +238,8 @@ def fuse_lora(pipeline, folder: str | Path) -> None:
             f"config.pretrained.lora = {str(folder)!r} is a LoRA of another model than config.pretrained.model: give "
             f"one that was trained on this very painter, or '' for none"
         ) from error
-    diffusers_logging.set_verbosity(verbosity)
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
 

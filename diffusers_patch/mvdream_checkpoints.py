@@ -47,8 +47,8 @@ TEXT_ENCODER = {  # OpenCLIP ViT-H without its last layer: the condition is the 
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TEXT_PREFIX = "cond_stage_model.model."
 CLIP_FOLDER = (
-    "with --tokenizer, or for a run with config.pretrained.tokenizer, a folder with CLIP's tokenizer, as `tokenizer` of "
-    "any Stable Diffusion is"
+    "with --tokenizer, or for a run with config.pretrained.tokenizer, a folder with CLIP's tokenizer, as `tokenizer` "
+    "of any Stable Diffusion is"
 )
 
 

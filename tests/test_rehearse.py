@@ -1,6 +1,8 @@
 """Rehearsals: checkpoints under the published names, and the whole path of every run in config/dgx.py."""
 
+import contextlib
 import inspect
+import io
 import json
 import re
 import socket
@@ -18,6 +20,7 @@ from config.validate import ROOT
 from diffusers_patch.instant3d_checkpoint import CONFIGS, PARTS, convert_instant3d
 from diffusers_patch.mvdream import UNET_CONFIG
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
+from recon import RECONSTRUCTORS
 from recon.grm_checkpoint import convert
 from recon.lgm import LGM
 from recon.openlrm import OpenLRM
@@ -92,7 +95,7 @@ def test_conversion_is_the_inverse_of_writing(tmp_path):
     assert equal(OpenLRM.from_pretrained(writers.write_openlrm(tmp_path).path).state_dict(), written)
 
 
-@pytest.mark.parametrize("reconstructor", writers.WRITERS)
+@pytest.mark.parametrize("reconstructor", RECONSTRUCTORS)
 def test_reconstructors_are_read_as_published(tmp_path, reconstructor):
     checkpoint = writers.WRITERS[reconstructor](tmp_path)
     if reconstructor == "grm":
@@ -136,18 +139,65 @@ def forked(command, log):
     return max(abs(process.exitcode) for process in started)
 
 
-def test_a_rehearsal(tmp_path, capsys):
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """A rehearsal and what it said."""
     config = dgx.get_config("instant3d_grm")
     config.tracker = "none"
     flags = ["--config", str(ROOT / "config/dgx.py:instant3d_grm"), "--config.tracker=none"]
-    Rehearsal(config, flags, tmp_path / "rehearsal", forked).run()
-    said = capsys.readouterr().out
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        rehearsal = Rehearsal(config, flags, tmp_path_factory.mktemp("rehearsal") / "new", forked)
+        rehearsal.run()
+    return rehearsal, said.getvalue()
+
+
+def test_a_rehearsal(rehearsed):
+    rehearsal, said = rehearsed
     assert "sample.total_batch_size: 768 -> 8" in said and rehearse.NOT_SHOWN in said
     assert "sample.initial_latents" not in said and "recon.dtype" not in said  # stay as they are
-    table = (tmp_path / "rehearsal" / "table.md").read_text()
+    table = (rehearsal.folder / "table.md").read_text()
     assert table in said and table.count("| yes |") == 9 and "| NO |" not in table
     for words in ("2 epochs, 1 updates", "3 epochs, 2 updates", "2 of 3 prompts kept", "(trained), KL"):
         assert words in table
+
+
+@pytest.mark.parametrize(
+    "step, file, old, new, message",
+    [
+        ("resumption", "logs/run/metrics.jsonl", '"kind": "update"', '"kind": "other"', "0 updates instead of 3 and 2"),
+        (
+            "resumption",
+            "logs/run/metrics.jsonl",
+            '"grad_norm": ',
+            '"grad_norm": null, "x": ',
+            "grad_norm of the updates",
+        ),
+        ("resumption", "logs/run/metrics.jsonl", '"grad_norm": ', '"grad_norm": 0, "x": ', "gradient is zero"),
+        ("resumption", "logs/run/metrics.jsonl", '"kind": "validation"', '"kind": "x"', "list index out of range"),
+        (
+            "evaluation",
+            "evaluation/results.json",
+            '"kl": {',
+            '"kl": {"mean": 0.0}, "x": {',
+            "the trained LoRA .* is 0.0",
+        ),
+        ("curation", "curated/kept.txt", "\n", " ", "1 kept of 3 prompts instead of 2 of 3"),
+    ],
+)
+def test_what_did_not_come_out_is_noticed(rehearsed, step, file, old, new, message):
+    rehearsal, _ = rehearsed
+    (step,) = [one for one in rehearsal.steps() if one.name == step]
+    rehearsal.execute = lambda command, log: 0
+    file = rehearsal.folder / file
+    content = file.read_text()
+    assert rehearsal.attempt(step, None)[0] == "" and old in content
+    file.write_text(content.replace(old, new))
+    try:
+        problem, outcome = rehearsal.attempt(step, None)
+    finally:
+        file.write_text(content)
+    assert re.search(message, problem) and not outcome
 
 
 @pytest.mark.parametrize("run", [run for run in RUNS if run != "instant3d_grm"])
