@@ -8,9 +8,9 @@
 Small random checkpoints are written in the formats of the published files, and then the commands of a real run are run
 on them, each with a log of its own: the converters, tools.validate_mrc, tools.curate_prompts, tools.check_config, a
 training of two processes (an epoch that fills the trackers, one with updates, two validations, checkpoints), its
-resumption for another epoch, and tools.evaluate. Nothing is pretended. The configuration is the given one but for the
-keys that size, precision and paths must change, which are printed. At the end there is a table of what ran; a step that
-fails ends the rehearsal with the last lines of its log, one sentence, and exit status 1.
+resumption for another epoch, and, if it trains a LoRA, tools.evaluate. Nothing is pretended. The configuration is the
+given one but for the keys that size, precision and paths must change, which are printed. At the end there is a table of
+what ran; a step that fails ends the rehearsal with the last lines of its log, one sentence, and exit status 1.
 
 Not shown by a rehearsal: that the files you download are complete; memory, speed, half precision and communication of
 GPUs; gsplat and rembg; several machines; that anything is learned from random weights.
@@ -45,10 +45,7 @@ EPOCHS = 2  # of the first training: one that fills the trackers, one with updat
 TORCHRUN = "torch/distributed/elastic"  # in the first line that torchrun adds to the log of a process that failed
 TAIL = 15  # lines of a log that are shown when its step fails
 ENVIRONMENT = {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-NOT_SHOWN = (
-    "Not shown by a rehearsal: that the files you download are complete; memory, speed, half precision and "
-    "communication of GPUs; gsplat and rembg; several machines; that anything is learned from random weights."
-)
+NOT_SHOWN = " ".join(__doc__.split("\n\n")[-1].split())
 
 
 @dataclass(frozen=True)
@@ -186,7 +183,13 @@ class Rehearsal:
         run, curated, evaluated = folder / "logs" / "run", folder / "curated", folder / "evaluation"
         mrc, lora = folder / "validate_mrc", str(run / "final")
         candidates = ["--candidates", str(folder / "candidates.txt"), "--samples", "2", "--keep", str(KEPT)]
-        evaluation = ["--lora", lora, "--samples", "2", "--pictures", "2", "--out", str(evaluated)]
+        evaluation = Step(
+            "evaluation",
+            "tools.evaluate",
+            [*flags, "--lora", lora, "--samples", "2", "--pictures", "2", "--out", str(evaluated)],
+            lambda log: outcomes.evaluation(evaluated, lora),
+            PROCESSES,
+        )
         again = [f"--config.resume_from={run}", f"--config.num_epochs={EPOCHS + 1}"]
         return [
             *(self.conversion(name) for name, checkpoint in self.checkpoints.items() if checkpoint.converter),
@@ -218,13 +221,7 @@ class Rehearsal:
                 lambda log: outcomes.training(run, self.config, EPOCHS + 1),
                 PROCESSES,
             ),
-            Step(
-                "evaluation",
-                "tools.evaluate",
-                [*flags, *evaluation],
-                lambda log: outcomes.evaluation(evaluated, lora),
-                PROCESSES,
-            ),
+            *([evaluation] if self.config.use_lora else []),
         ]
 
     def conversion(self, name: str) -> Step:
