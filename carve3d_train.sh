@@ -7,6 +7,8 @@
 #                                                    given) on NUM_NODES machines with all their GPUs. With more than
 #                                                    one, start it on each, with MASTER_ADDR and MASTER_PORT (a free
 #                                                    port of machine 0) and RANK (0 ... NUM_NODES-1) in the environment.
+#   bash carve3d_train.sh --rehearse CONFIG [flags]  walks the whole path of CONFIG, as config/dgx.py:instant3d_grm, with
+#                                                    small random weights on CPUs in two minutes: tools/rehearse.py
 #
 # CARVE3D_PROCESSES=N  processes on this machine, instead of one per GPU, or one per core and at most 2 without GPUs
 # CARVE3D_VENV=FOLDER  the environment to make or use instead of .venv; "system": the python3 on PATH as it is
@@ -64,6 +66,15 @@ torchrun() {  # torchrun PROCESSES_ON_THIS_MACHINE [flags of torchrun] carve3d_t
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
     start "$VENV_PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "$@"
 }
+
+if [ "${1:-}" = --rehearse ]; then
+    case "${2:-}" in
+        "" | -*) fail "--rehearse needs a configuration: write 'bash carve3d_train.sh --rehearse config/dgx.py:instant3d_grm'" ;;
+    esac
+    [ -n "${CARVE3D_DRY_RUN:-}" ] || setup_env
+    shift
+    start "$VENV_PYTHON" -m tools.rehearse --config "$@"
+fi
 
 nodes=""
 case "${1:-}" in

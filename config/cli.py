@@ -109,7 +109,7 @@ def one_sentence(program: str) -> Iterator[None]:
     except (ValueError, OSError) as error:
         if os.environ.get("CARVE3D_DEBUG"):
             raise
-        sys.exit(f"{program}: {error}")
+        sys.exit(f"{program}: {' '.join(str(error).split())}")  # those of libraries may have several lines
 
 
 def check_flags(arguments: Sequence[str]) -> None:

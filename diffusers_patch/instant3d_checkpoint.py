@@ -6,11 +6,9 @@ configurations, which the file lacks (instant3d/*.json, those of SDXL 1.0), and 
 missing, or from which something would be lost without a word.
 """
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 from accelerate import init_empty_weights
@@ -21,12 +19,11 @@ from diffusers.loaders.single_file_utils import (
     convert_ldm_vae_checkpoint,
     convert_open_clip_checkpoint,
 )
-from safetensors import SafetensorError
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from recon.weights import differences, find_file, read_weights
+from diffusers_patch.conversion import load_tokenizer, read_configs
+from recon.weights import differences, read_weights
 
-CONFIGS = {file.stem: json.loads(file.read_text()) for file in (Path(__file__).parent / "instant3d").glob("*.json")}
 TOKENIZERS = "stabilityai/stable-diffusion-xl-base-1.0"
 SDXL_FOLDER = f"a folder that has SDXL's tokenizer and tokenizer_2, or with access to the hub {TOKENIZERS}"
 PUBLISHED = "give the complete instant3d.pth of justimyhxu/GRM"
@@ -69,6 +66,7 @@ PARTS = {
     ),
 }
 
+CONFIGS = read_configs(Path(__file__).parent / "instant3d", [*PARTS, "scheduler"])
 NOT_NEEDED = {  # key of the file: why no model here has it
     "denoiser.sigmas": "noise levels of the 1000 steps, which the scheduler computes from its betas",
     PARTS["text_encoder"].prefix + "text_model.embeddings.position_ids": "0 to 76, counted by the text encoder itself",
@@ -175,45 +173,10 @@ def load_tokenizers(
     where = (
         [(tokenizer, ""), (tokenizer_2, "")] if tokenizer_2 else [(tokenizer, "tokenizer"), (tokenizer, "tokenizer_2")]
     )
-    first, second = (_load_tokenizer(*place, size) for place, size in zip(where, vocabularies, strict=True))
+    first, second = (load_tokenizer(*place, size, SDXL_FOLDER) for place, size in zip(where, vocabularies, strict=True))
     first.pad_token = first.eos_token
     second.pad_token = second.convert_ids_to_tokens(0)
     return {"tokenizer": first, "tokenizer_2": second}
-
-
-def _load_tokenizer(place, subfolder, vocabulary):
-    # asked for by name, because where files are missing transformers makes a tokenizer that knows no words
-    if not any(Path(place, subfolder, name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        find_file(place, Path(subfolder, "vocab.json").as_posix(), SDXL_FOLDER)
-    found = CLIPTokenizer.from_pretrained(place, subfolder=subfolder, local_files_only=Path(place).is_dir())
-    if len(found) != vocabulary:
-        raise ValueError(
-            f"the tokenizer in {str(Path(place, subfolder))!r} has {len(found)} tokens instead of {vocabulary}: give "
-            f"{SDXL_FOLDER}."
-        )
-    return found
-
-
-def save_pipeline(pipeline: StableDiffusionXLPipeline, out: str | Path) -> None:
-    """Write `pipeline` as the new folder `out`, which is there completely or not at all.
-
-    Raises FileExistsError, or OSError if it cannot be written.
-    """
-    out = Path(out).resolve()
-    check_new(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as unfinished:
-            pipeline.save_pretrained(Path(unfinished) / "pipeline")
-            (Path(unfinished) / "pipeline").rename(out)
-    except SafetensorError as error:  # how a full disk is reported
-        raise OSError(f"{out} could not be written ({error}).") from error
-
-
-def check_new(out: str | Path) -> None:
-    """Raise FileExistsError if there is something at `out` already."""
-    if Path(out).exists():
-        raise FileExistsError(f"{out} exists already: give the name of a new folder, or remove it.")
 
 
 def _of(part, weights):

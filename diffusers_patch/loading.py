@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import list_repo_files
+from huggingface_hub import list_repo_files, try_to_load_from_cache
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
 from config.validate import ANY_CAMERAS
+from diffusers_patch.conversion import load_tokenizers_of
 from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
 from diffusers_patch.mvdream import MVDream
@@ -48,9 +49,27 @@ def _load_sdxl(pretrained, scheduler, **options):
             f"config.pretrained.model = {pretrained.model!r} is a file, and the painter 'mv_sdxl' is loaded from a "
             f"folder: convert it with python -m tools.convert_instant3d {pretrained.model} OUT, and give OUT"
         )
+    if _unet_config(pretrained).get("addition_embed_type") != "text_time":
+        raise ValueError(
+            f"config.pretrained.model = {pretrained.model!r} is no SDXL, which the painter 'mv_sdxl' is: give one, or "
+            f"set config.painter.name to 'mvdream' for MVDream"
+        )
     return StableDiffusionXLPipeline.from_pretrained(
-        pretrained.model, revision=pretrained.revision, scheduler=scheduler, add_watermarker=False, **options
+        pretrained.model,
+        revision=pretrained.revision,
+        scheduler=scheduler,
+        add_watermarker=False,
+        **load_tokenizers_of(pretrained.model, "tokenizer", "tokenizer_2"),
+        **options,
     )
+
+
+def _unet_config(pretrained):
+    where = {"revision": pretrained.revision, "subfolder": "unet"}
+    try:  # in the folder or the cache: without network every question to the hub takes half a minute
+        return UNet2DConditionModel.load_config(pretrained.model, local_files_only=True, **where)
+    except OSError:
+        return UNet2DConditionModel.load_config(pretrained.model, **where)
 
 
 def _load_mvdream(pretrained, scheduler, **options):
@@ -152,12 +171,24 @@ def weights_variant(pretrained: ConfigDict) -> str | None:
     elif model.is_file():
         return None
     else:
-        try:
-            files = list_repo_files(pretrained.model, revision=pretrained.revision)
-        except Exception:  # no network, no such id: said when the pipeline is loaded, unless that finds it in the cache
-            return None
-        names = {file.removeprefix("unet/") for file in files if file.startswith("unet/")}
+        names = _unet_files_on_hub(pretrained, plain, half)
     return "fp16" if half in names and plain not in names else None
+
+
+def _unet_files_on_hub(pretrained, *wanted):
+    """Names of files in the folder unet of a hub id.
+
+    Those of `wanted` that are in the local cache, if the first of them is: the hub is not asked then, which without
+    network takes half a minute. Otherwise all that the hub has, or what is in the cache if it is out of reach."""
+    where = {"repo_id": pretrained.model, "revision": pretrained.revision}
+    cached = set()
+    try:
+        cached = {name for name in wanted if isinstance(try_to_load_from_cache(filename=f"unet/{name}", **where), str)}
+        if wanted[0] in cached:
+            return cached
+        return {file.removeprefix("unet/") for file in list_repo_files(**where) if file.startswith("unet/")}
+    except Exception:  # no network, no such id: said when the pipeline is loaded, unless that finds it in the cache
+        return cached
 
 
 def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
@@ -201,7 +232,7 @@ def replace_vae(pipeline, vae: AutoencoderKL, source: str) -> None:
 def fuse_lora(pipeline, folder: str | Path) -> None:
     """Add a LoRA in diffusers format to the weights of a pipeline, and forget that it was one.
 
-    Raises FileNotFoundError if the folder holds no LoRA.
+    Raises FileNotFoundError if the folder holds no LoRA, ValueError if it is that of another model.
     """
     if not (Path(folder) / LORA_FILE).is_file():
         raise FileNotFoundError(
@@ -209,9 +240,17 @@ def fuse_lora(pipeline, folder: str | Path) -> None:
             f"format, or '' for none"
         )
     verbosity = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # it would warn that the file holds nothing for the text encoders
-    pipeline.load_lora_weights(folder)
-    diffusers_logging.set_verbosity(verbosity)
+    # or it would warn that the file holds nothing for the text encoders, and list what does not fit
+    diffusers_logging.set_verbosity(diffusers_logging.FATAL)
+    try:
+        pipeline.load_lora_weights(folder)
+    except RuntimeError as error:  # shapes that differ, hundreds of lines of them
+        raise ValueError(
+            f"config.pretrained.lora = {str(folder)!r} is a LoRA of another model than config.pretrained.model: give "
+            f"one that was trained on this very painter, or '' for none"
+        ) from error
+    finally:
+        diffusers_logging.set_verbosity(verbosity)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
 

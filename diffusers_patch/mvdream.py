@@ -62,6 +62,8 @@ RENAMED = {  # stock name -> ldm name, outside the blocks and inside the residua
     "time_embedding.linear_2.": "time_embed.2.",
     "class_embedding.linear_1.": "camera_embed.0.",
     "class_embedding.linear_2.": "camera_embed.2.",
+    "add_embedding.linear_1.": "label_emb.0.0.",  # of SDXL, whose code continues ldm's
+    "add_embedding.linear_2.": "label_emb.0.2.",
     "conv_in.": "input_blocks.0.0.",
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",

@@ -8,8 +8,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from diffusers_patch.conversion import load_tokenizer, load_tokenizers_of
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
-from recon.weights import read_weights
+from recon.weights import may_be_hub_id, read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {
@@ -45,6 +46,10 @@ TEXT_ENCODER = {  # OpenCLIP ViT-H without its last layer: the condition is the 
 }
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TEXT_PREFIX = "cond_stage_model.model."
+CLIP_FOLDER = (
+    "with --tokenizer, or for a run with config.pretrained.tokenizer, a folder with CLIP's tokenizer, as `tokenizer` "
+    "of any Stable Diffusion is"
+)
 
 
 def load_mvdream_pipeline(
@@ -67,6 +72,8 @@ def load_mvdream_pipeline(
     """
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
+    if not Path(source).is_dir() and not may_be_hub_id(str(source)):
+        raise FileNotFoundError(f"{source} does not exist: give a file, folder or hub id of MVDream")
     where = {
         "pretrained_model_name_or_path": str(source),
         "revision": revision,
@@ -74,9 +81,16 @@ def load_mvdream_pipeline(
     }
     unet = UNet2DConditionModel.load_config(**where, subfolder="unet")
     scheduler = scheduler or DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
+    tokenizer = load_tokenizers_of(source, "tokenizer")
     if unet["_class_name"] == "UNet2DConditionModel":
+        if unet.get("class_embed_type") != "projection":
+            raise ValueError(
+                f"{source} holds a painter that no cameras are given to, so it is no MVDream: give one, or set "
+                f"config.painter.name to 'mv_sdxl' for an SDXL"
+            )
         return StableDiffusionPipeline.from_pretrained(
             **where,
+            **tokenizer,
             scheduler=scheduler,
             dtype=dtype,
             variant=variant,
@@ -88,7 +102,7 @@ def load_mvdream_pipeline(
         convert_mvdream_unet(_unet_weights(source, revision), **stock_unet_config(unet)),
         AutoencoderKL.from_pretrained(**where, subfolder="vae"),
         CLIPTextModel.from_pretrained(**where, subfolder="text_encoder"),
-        CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer"),
+        tokenizer.get("tokenizer") or CLIPTokenizer.from_pretrained(**where, subfolder="tokenizer"),
         scheduler,
     )
 
@@ -129,18 +143,17 @@ def _unet_weights(source, revision):
 
 
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
-    if not tokenizer or not (Path(tokenizer) / "vocab.json").is_file():
-        raise FileNotFoundError(
-            f"{file.name} is an ldm file, which has no tokenizer, and {tokenizer or 'nothing'!r} has no "
-            f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion)"
-        )
+    if not tokenizer:
+        raise FileNotFoundError(f"{file.name} is an ldm file, which has no tokenizer: give {CLIP_FOLDER}")
+    configs = {"unet": unet or {}, "vae": VAE | (vae or {}), "text_encoder": TEXT_ENCODER | (text_encoder or {})}
+    tokenizer = load_tokenizer(tokenizer, "", configs["text_encoder"]["vocab_size"], CLIP_FOLDER)
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
         raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
-    painter = convert_mvdream_unet(weights, **(unet or {}))
-    decoder = AutoencoderKL(**{**VAE, **(vae or {})})
+    painter = convert_mvdream_unet(weights, **configs["unet"])
+    decoder = AutoencoderKL(**configs["vae"])
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)
-    encoder = CLIPTextModel(CLIPTextConfig(**{**TEXT_ENCODER, **(text_encoder or {})}))
+    encoder = CLIPTextModel(CLIPTextConfig(**configs["text_encoder"]))
     layers = encoder.config.num_hidden_layers
     text = {
         key: value
@@ -148,9 +161,7 @@ def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_en
         if key.startswith(TEXT_PREFIX) and f"resblocks.{layers}." not in key and "text_projection" not in key
     }
     _load(encoder, convert_open_clip_checkpoint(encoder, text, TEXT_PREFIX), file)
-    return _assemble(
-        painter, decoder, encoder, CLIPTokenizer.from_pretrained(tokenizer), scheduler or DDIMScheduler(**SCHEDULER)
-    )
+    return _assemble(painter, decoder, encoder, tokenizer, scheduler or DDIMScheduler(**SCHEDULER))
 
 
 def _load(model, state, file):

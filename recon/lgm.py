@@ -18,7 +18,7 @@ from recon.gaussian_splatting import Gaussians, render_views
 from recon.reconstructor import Reconstructor
 from recon.weights import differences, find_file, read_weights
 
-OPTIONS = {  # the presets of the public code
+OPTIONS = {  # the presets of the public code, and a smaller one
     "big": dict(
         down_channels=(64, 128, 256, 512, 1024, 1024),
         down_attention=(False, False, False, True, True, True),
@@ -39,6 +39,14 @@ OPTIONS = {  # the presets of the public code
         up_channels=(512, 256, 128),
         up_attention=(True, False, False),
         splat_size=64,
+    ),
+    "rehearsal": dict(  # published by nobody: what `python -m tools.rehearse` writes
+        input_size=32,
+        down_channels=(32, 64),
+        down_attention=(False, True),
+        up_channels=(64, 32),
+        up_attention=(True, False),
+        splat_size=32,
     ),
 }
 PUBLISHED = "model_fp16_fixrot.safetensors"  # of the hub id ashawkey/LGM, option "big"

@@ -20,7 +20,9 @@ def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
     weights, or code besides them, of which nothing is run."""
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist: give a file of weights.")
+        raise FileNotFoundError(
+            f"{file} {'is a folder' if file.is_dir() else 'does not exist'}: give a file of weights."
+        )
     try:
         if file.suffix == ".safetensors":
             return load_file(file)
@@ -52,7 +54,7 @@ def find_file(checkpoint: str | Path, name: str, remedy: str) -> Path:
     path = Path(checkpoint)
     if path.is_file():
         return path
-    if path.is_dir() or not _may_be_hub_id(str(checkpoint)):
+    if path.is_dir() or not may_be_hub_id(str(checkpoint)):
         if (path / name).is_file():
             return path / name
         raise FileNotFoundError(f"{str(checkpoint)!r} does not exist or has no {name}: give {remedy}.")
@@ -108,6 +110,7 @@ def _first_line(error):
     return (str(error).splitlines() or [""])[0].rstrip(".")
 
 
-def _may_be_hub_id(checkpoint):
+def may_be_hub_id(checkpoint: str) -> bool:
+    """Whether it is written as an id on the hub, "owner/name", and not as a file of weights."""
     is_path_of_a_file = Path(checkpoint).suffix in (".safetensors", ".pth", ".ckpt")
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint) and not is_path_of_a_file
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", checkpoint)) and not is_path_of_a_file

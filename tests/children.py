@@ -4,7 +4,9 @@ everything once, because the imports take longer than the trainings."""
 import importlib
 import multiprocessing
 import os
+import runpy
 import signal
+import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["carve3d_train", "tests.children"])
@@ -42,6 +44,19 @@ def train(values, environment=None):
     with config.unlocked():
         config.update_from_flattened_dict(values)
     carve3d_train.Run(config).train()
+
+
+def module(name, arguments, log, environment):
+    """`python -m name *arguments` with further environment variables; what it says goes to the file `log`."""
+    import torch
+
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with open(log, "a") as file:
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(file.fileno(), stream.fileno())
+    sys.argv = [name, *arguments]
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def train_and_die(values, target, call):

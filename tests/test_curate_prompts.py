@@ -73,6 +73,9 @@ def test_the_command_trains_on_what_it_kept(tmp_path, monkeypatch):
     assert load_prompts(out / "kept.txt") == ["a hat"]
     with pytest.raises(ValueError, match="--keep is 4 but .* has 3 prompts"):
         curate_prompts.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=2, keep=4))
+    monkeypatch.setattr(curate_prompts, "painter_score", None)  # other settings are refused before models are loaded
+    with pytest.raises(ValueError, match="was made with other settings .samples.: remove it to start again"):
+        curate_prompts.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=3, keep=1))
 
 
 def test_unrankable_rewards_are_refused(tmp_path):

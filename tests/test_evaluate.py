@@ -27,9 +27,10 @@ from mrc.clip_similarity import CLIPSimilarity
 from mrc.rewards import load_mrc
 from recon.tiny_lrm import TinyLRM
 from tests import children
-from tests.tiny_models import LRM, TEXT, flags, make_world, settings
+from tests.tiny_models import flags, make_world, settings
 from tiny.train_painter import make_tokenizer
 from tools import evaluate, plot_sweep
+from tools.rehearsal.checkpoints import LRM, TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a blue sphere", "a green cone", "a red cube"]

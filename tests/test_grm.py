@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from torch import nn
 from recon.cameras import Cameras, project
 from recon.grm import GRM, Attention
 from recon.grm_checkpoint import convert
-from tests.tiny_models import SMALL_GRM
 from tools import convert_grm
+from tools.rehearsal.checkpoints import GRM_PARAMS, grm_checkpoint, save_with_easydicts
 
 GOLDEN = Path(__file__).parent / "golden"
 TOLERANCE = 2e-5
@@ -89,7 +88,7 @@ def test_activated_gaussians(name):
 
 
 def test_one_set_of_cameras_serves_all_objects():
-    model, cameras = GRM(**SMALL_GRM).eval(), GRM.input_cameras()
+    model, cameras = GRM(**GRM_PARAMS).eval(), GRM.input_cameras()
     views = torch.rand(2, 4, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(model.gaussians(views, cameras), model.gaussians(views, cameras.expand(2)))
@@ -105,7 +104,7 @@ def test_attention_has_the_heads_of_multihead_attention():
 
 def test_input_cameras():
     golden = load_file(GOLDEN / "grm_tiny_a.safetensors")
-    cameras, model = GRM.input_cameras(), GRM(**SMALL_GRM)
+    cameras, model = GRM.input_cameras(), GRM(**GRM_PARAMS)
     assert (cameras.c2w - golden["cameras/c2w"]).abs().max() < 1e-6
     assert (cameras.fxfycxcy - golden["cameras/fxfycxcy"]).abs().max() < 1e-6
     assert (model.num_views, model.input_size, len(model.cameras)) == (4, 16, 4)
@@ -144,7 +143,7 @@ def test_the_network_may_be_in_half_precision():
 
 def test_half_size_inputs_without_an_upsampler():
     """The encoder sees 16 pixels, the heads make up for it and for the patches."""
-    params = {**SMALL_GRM, "decoder_ratio": 0, "input_res": 32, "half_res_input": True}
+    params = {**GRM_PARAMS, "decoder_ratio": 0, "input_res": 32, "half_res_input": True}
     model = GRM(**params).requires_grad_(False)
     assert not any(key.startswith("gaussian_upsampler") for key in model.state_dict())
     assert model.out_layer_rotation.weight.shape == (4 * 16 * 16, 64, 1, 1)
@@ -160,7 +159,7 @@ def test_half_size_inputs_without_an_upsampler():
 def test_softplus_scales_are_clipped_and_multiplied():
     render = {"scaling_activation_type": "softplus", "scale_multi_act": 0.02}
     model = GRM(
-        render=render, **SMALL_GRM, scaling_activation_type="softplus", scale_max=-0.01, scale_offset=5.0
+        render=render, **GRM_PARAMS, scaling_activation_type="softplus", scale_max=-0.01, scale_offset=5.0
     ).eval()
     views, cameras = torch.rand(1, 4, 3, 16, 16), GRM.input_cameras()
     with torch.no_grad():
@@ -187,11 +186,11 @@ def test_softplus_scales_are_clipped_and_multiplied():
 )
 def test_impossible_parameters_are_named(change, message):
     with pytest.raises(ValueError, match=message):
-        GRM(**{**SMALL_GRM, **change})
+        GRM(**{**GRM_PARAMS, **change})
 
 
 def test_views_of_another_size_or_number_are_refused():
-    model, cameras = GRM(**SMALL_GRM), GRM.input_cameras()
+    model, cameras = GRM(**GRM_PARAMS), GRM.input_cameras()
     with pytest.raises(ValueError, match=r"images of shape \(1, 4, 3, 32, 32\) but takes \(1, 4, 3, 16, 16\)"):
         model.gaussians(torch.zeros(1, 4, 3, 32, 32), cameras)
     with pytest.raises(ValueError, match=r"c2w of shape \(1, 3, 4, 4\)"):
@@ -200,28 +199,7 @@ def test_views_of_another_size_or_number_are_refused():
 
 # -- published files ------------------------------------------------------------------------------------------------
 
-RENDER = {
-    "render_type": "defered",
-    "sh_degree": 0,
-    "img_height": 512,
-    "scaling_activation_type": "sigmoid",
-    "scale_min_act": 0.001,
-    "scale_max_act": 0.3,
-    "scale_multi_act": 0.1,
-}
-VISUAL = {**SMALL_GRM, "checkpointing": True, "num_input_views": 4}
-
-
-class EasyDict(dict):
-    """What the class of that name does: every item is an attribute, too."""
-
-    def __init__(self, values):
-        for key, value in values.items():
-            setattr(self, key, EasyDict(value) if isinstance(value, dict) else value)
-
-    def __setattr__(self, key, value):
-        super().__setattr__(key, value)
-        self[key] = value
+VISUAL = {**GRM_PARAMS, "checkpointing": True, "num_input_views": 4}
 
 
 class Code:
@@ -233,16 +211,11 @@ class Code:
 
 
 @pytest.fixture
-def save(tmp_path, monkeypatch):
+def save(tmp_path):
     """Saves a file with objects of the module `easydict`, which cannot be imported afterwards."""
 
     def save(content, name="grm_u.pth"):
-        with monkeypatch.context() as patch:
-            module = ModuleType("easydict")
-            module.EasyDict = EasyDict
-            patch.setitem(sys.modules, "easydict", module)
-            patch.setattr(EasyDict, "__module__", "easydict")
-            torch.save(content, tmp_path / name)
+        save_with_easydicts(content, tmp_path / name)
         with pytest.raises(ImportError):
             __import__("easydict")
         return tmp_path / name
@@ -250,19 +223,13 @@ def save(tmp_path, monkeypatch):
     return save
 
 
-def checkpoint(model, visual=VISUAL, render=RENDER, parallel=True):
-    whole = nn.Module()
-    whole.visual_encoder = model
-    weights = (nn.DataParallel(whole) if parallel else whole).state_dict()
-    config = EasyDict({"model_config": {"visual": {"params": visual}, "render": {"params": render}}, "name": "u"})
-    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"lr": 1e-4, "betas": (0.9, 0.95)}]}
-    return {"model": weights, "config": config, "epoch": 3, "optimizer": optimizer, "amp": None}
-
-
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_published_file_becomes_a_folder(save, tmp_path, monkeypatch, capsys, parallel):
-    model = GRM(**SMALL_GRM)
-    source = save(checkpoint(model, parallel=parallel))
+    model = GRM(**GRM_PARAMS)
+    content = grm_checkpoint(model)
+    if not parallel:
+        content["model"] = {key.removeprefix("module."): value for key, value in content["model"].items()}
+    source = save(content)
     monkeypatch.setattr("sys.argv", ["convert_grm", str(source), str(tmp_path / "grm")])
     convert_grm.main()
     assert "visual.checkpointing, render.render_type, render.img_height" in capsys.readouterr().out
@@ -276,14 +243,14 @@ def test_a_published_file_becomes_a_folder(save, tmp_path, monkeypatch, capsys, 
 
 
 def test_half_precision_files_stay_small_and_run_in_float32(save, tmp_path):
-    convert(save(checkpoint(GRM(**SMALL_GRM).half())), tmp_path / "grm")
+    convert(save(grm_checkpoint(GRM(**GRM_PARAMS).half())), tmp_path / "grm")
     assert all(value.dtype == torch.float16 for value in load_file(tmp_path / "grm" / "model.safetensors").values())
     assert all(value.dtype == torch.float32 for value in GRM.from_pretrained(tmp_path / "grm").state_dict().values())
 
 
 def test_without_a_smallest_scale_the_other_constants_are_the_published_ones(save, tmp_path):
     render = {"sh_degree": 0, "scaling_activation_type": "softplus", "scale_max_act": 7.0, "scale_multi_act": 7.0}
-    convert(save(checkpoint(GRM(**SMALL_GRM), render=render)), tmp_path / "grm")
+    convert(save(grm_checkpoint(GRM(**GRM_PARAMS), render=render)), tmp_path / "grm")
     params = GRM.from_pretrained(tmp_path / "grm").render_params
     assert (params.scale_min_act, params.scale_max_act, params.scale_multi_act) == (1.0, 1.0, 0.1)
 
@@ -293,7 +260,7 @@ def test_without_a_smallest_scale_the_other_constants_are_the_published_ones(sav
 def test_code_is_refused_and_never_runs(save, tmp_path, place, function, what):
     trace = tmp_path / "ran"
     code = Code(function, f"open({str(trace)!r}, 'w')" if function is eval else f"touch {trace}")
-    content = checkpoint(GRM(**SMALL_GRM))
+    content = grm_checkpoint(GRM(**GRM_PARAMS))
     if place == "alone":
         content = code
     elif place == "config":
@@ -340,26 +307,26 @@ def without(dictionary, key):
             r"1 of another shape \(out_layer_depth.weight: \(2,\) instead of \(16, 64, 1, 1\)\); give",
         ),
         (
-            lambda file: checkpoint(GRM(**SMALL_GRM), visual={**VISUAL, "layers": 3}),
+            lambda file: grm_checkpoint(GRM(**GRM_PARAMS), visual={**VISUAL, "layers": 3}),
             r"12 missing \(transformer_encoder.transformer.resblocks.2.attn.in_proj_bias, .*, ...\); give",
         ),
-        (lambda file: checkpoint(GRM(**SMALL_GRM), visual={**VISUAL, "width": 128}), r"of another shape"),
-        (lambda file: checkpoint(GRM(**SMALL_GRM), visual={**VISUAL, "window_size": 7}), "window_size is 7"),
+        (lambda file: grm_checkpoint(GRM(**GRM_PARAMS), visual={**VISUAL, "width": 128}), r"of another shape"),
+        (lambda file: grm_checkpoint(GRM(**GRM_PARAMS), visual={**VISUAL, "window_size": 7}), "window_size is 7"),
         (
-            lambda file: checkpoint(GRM(**SMALL_GRM), visual=without(VISUAL, "width")),
+            lambda file: grm_checkpoint(GRM(**GRM_PARAMS), visual=without(VISUAL, "width")),
             "no complete configuration of a GRM .*'width'",
         ),
     ],
 )
 def test_other_files_get_one_sentence(save, tmp_path, change, message):
-    source = save(change(checkpoint(GRM(**SMALL_GRM))))
+    source = save(change(grm_checkpoint(GRM(**GRM_PARAMS))))
     with pytest.raises(ValueError, match=message) as error:
         convert(source, tmp_path / "grm")
     assert "\n" not in str(error.value) and not (tmp_path / "grm").exists()
 
 
 def test_unreadable_files_get_one_sentence(save, tmp_path):
-    source = save(checkpoint(GRM(**SMALL_GRM)))
+    source = save(grm_checkpoint(GRM(**GRM_PARAMS)))
     source.write_bytes(source.read_bytes()[:20_000])
     with pytest.raises(ValueError, match="grm_u.pth could not be read .* download it again") as error:
         convert(source, tmp_path / "grm")
@@ -381,7 +348,7 @@ def test_a_full_disk_leaves_nothing_half_written(save, tmp_path, monkeypatch):
         file.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    source = save(checkpoint(GRM(**SMALL_GRM)))
+    source = save(grm_checkpoint(GRM(**GRM_PARAMS)))
     convert(source, tmp_path / "old")
     before = {file.name: file.read_bytes() for file in (tmp_path / "old").iterdir()}
     monkeypatch.setattr("recon.grm.save_file", fail)
@@ -406,7 +373,7 @@ def test_a_published_file_itself_is_not_loaded(save, tmp_path):
 
 
 def test_damaged_folders_get_one_sentence(tmp_path):
-    GRM(**SMALL_GRM).save_pretrained(tmp_path)
+    GRM(**GRM_PARAMS).save_pretrained(tmp_path)
     weights, config = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "config.json").read_text())
 
     def refused(message):

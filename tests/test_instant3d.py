@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, Stab
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTokenizer
 
 from config import base, dgx
+from diffusers_patch.conversion import save_pipeline
 from diffusers_patch.gaussian_blob import blob_latent, fused_start, gaussian_blob
 from diffusers_patch.instant3d_checkpoint import (
     CONFIGS,
@@ -21,14 +21,14 @@ from diffusers_patch.instant3d_checkpoint import (
     convert_instant3d,
     load_instant3d_pipeline,
     load_tokenizers,
-    save_pipeline,
     unused_keys,
 )
 from diffusers_patch.loading import check_cameras, load_painter
 from diffusers_patch.rollout import rollout
 from recon.cameras import instant3d_cameras
-from tests.tiny_models import GOLDEN, VAE, GoldenPainter, golden_policy, make_world, settings
+from tests.tiny_models import GOLDEN, GoldenPainter, golden_policy, letter_tokenizer, make_world, settings
 from tools import convert_instant3d as command
+from tools.rehearsal.checkpoints import VAE
 
 START = load_file(GOLDEN / "instant3d_start.safetensors")
 PROMPTS = ["a red cube", "a blue sphere", "a cone!"]
@@ -168,26 +168,12 @@ def test_weights_of_another_shape_are_named():
 # -- the folder -----------------------------------------------------------------------------------------------------
 
 
-def make_tokenizer(folder, pad="<|endoftext|>"):
-    """CLIP's tokenizer with a vocabulary of 99: letters, fillers, and as in CLIP token 0 is "!"."""
-    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
-    tokens = ["!", *letters, *(letter + "</w>" for letter in letters)]
-    tokens += [f"<{i}>" for i in range(97 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(
-        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token=pad
-    )
-    tokenizer.save_pretrained(folder)
-
-
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory):
     """A folder with the two tokenizers, as in any SDXL."""
     folder = tmp_path_factory.mktemp("sdxl")
-    make_tokenizer(folder / "tokenizer")
-    make_tokenizer(folder / "tokenizer_2", pad="!")
+    letter_tokenizer(folder / "tokenizer")
+    letter_tokenizer(folder / "tokenizer_2", pad="!")
     return folder
 
 

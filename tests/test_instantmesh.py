@@ -39,9 +39,10 @@ from recon.instantmesh_checkpoint import (
     published_weights,
 )
 from recon.volume_rendering import box_interval, composite, sample_planes
-from tests.tiny_models import GOLDEN, SMALL_INSTANTMESH, SMALL_RECONSTRUCTORS, save_as_lightning
+from tests.tiny_models import GOLDEN, SMALL_RECONSTRUCTORS
 from tools.convert_instantmesh import main as convert_main
 from tools.plan import complete
+from tools.rehearsal.checkpoints import INSTANTMESH, save_as_lightning
 from tools.validate_mrc import DISTANCE, experiment, fitted_cameras
 
 MANIFEST = json.loads((GOLDEN / "instantmesh_manifest.json").read_text())
@@ -426,7 +427,7 @@ def test_a_small_file_is_understood(model, checkpoint):
     loaded = InstantMesh.from_pretrained(checkpoint)
     assert not loaded.training and (loaded.samples, loaded.input_size) == (96, 320)
     assert configuration(published_weights(model)) == {
-        **{key: value for key, value in SMALL_INSTANTMESH.items() if key != "input_size"},
+        **{key: value for key, value in INSTANTMESH.items() if key != "input_size"},
         "encoder_model_name": "facebook/dino-vitb16",
         "encoder_freeze": False,
         "rendering_samples_per_ray": 96,
@@ -578,6 +579,6 @@ def test_sizes_that_do_not_fit_are_refused(model):
         (dict(encoder_model_name="dinov2"), "encoder is 'dinov2', but only 'facebook/dino-vitb16' is known"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            InstantMesh(**SMALL_INSTANTMESH | entries)
+            InstantMesh(**INSTANTMESH | entries)
     with pytest.raises(ValueError, match=r"wants \(B, 4, 3, S, S\)"):
         MRC(model, LPIPS())(torch.rand(1, 5, 3, 32, 32))

@@ -99,6 +99,14 @@ def test_missing_cluster_variables_are_named(run, missing):
     assert code != 0 and error.startswith(f"error: {missing} is not set") and len(error.splitlines()) == 1
 
 
+def test_a_rehearsal_is_a_command_of_its_own(run):
+    code, command, _ = run("--rehearse", "config/dgx.py:mvdream_lgm", "--config.seed=1", gpus=8)
+    assert code == 0 and command.endswith("-m tools.rehearse --config config/dgx.py:mvdream_lgm --config.seed=1")
+    for wrong in ([], ["--config.seed=1"]):
+        code, _, error = run("--rehearse", *wrong)
+        assert code != 0 and "--rehearse needs a configuration: write 'bash" in error
+
+
 def test_other_mistakes_are_named(run):
     cluster = {"MASTER_ADDR": "node0", "MASTER_PORT": "29500", "RANK": "2"}
     assert "RANK is '2'" in run("2", gpus=8, **cluster)[2]

@@ -58,7 +58,7 @@ def test_views_of_another_number_or_size_are_refused(shape):
         model.reconstruct(torch.ones(shape), model.cameras)
 
 
-@pytest.mark.parametrize("name", list(OPTIONS))
+@pytest.mark.parametrize("name", list(MANIFESTS))
 def test_the_full_sizes_have_the_published_keys_and_shapes(name):
     with torch.device("meta"):
         state = LGM(**OPTIONS[name]).state_dict()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -20,9 +20,10 @@ from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
 from tests import children
-from tests.tiny_models import LATENT, make_mvdream, make_world, settings
+from tests.tiny_models import letter_tokenizer, make_mvdream, make_world, settings
 from tiny.train_painter import make_tokenizer
 from tools import convert_mvdream
+from tools.rehearsal.checkpoints import LATENT
 
 GOLDEN = Path(__file__).parent / "golden"
 MANIFEST = json.loads((GOLDEN / "mvdream_manifest.json").read_text())
@@ -189,8 +190,8 @@ def ldm():
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    make_tokenizer(folder)
-    return folder
+    letter_tokenizer(folder / "clip")
+    return folder / "clip"
 
 
 def from_ldm(ldm, file, tokenizer):
@@ -265,13 +266,41 @@ def test_the_command_writes_a_stock_pipeline(ldm, tokenizer, tmp_path, monkeypat
     assert same_unet(StableDiffusionPipeline.from_pretrained(tmp_path / "stock", local_files_only=True), ldm)
 
 
+def test_a_command_that_fails_leaves_nothing(ldm, tokenizer, tmp_path, monkeypatch):
+    def fail(self, folder, **_):
+        Path(folder).mkdir(parents=True)
+        raise OSError("no space left")
+
+    (tmp_path / "configs").mkdir()
+    for name in ("unet", "vae", "text_encoder"):
+        (tmp_path / "configs" / f"{name}.json").write_text(json.dumps(getattr(ldm, name)))
+    file, out = tmp_path / "sd-v2.1-base-4view.pt", tmp_path / "out"
+    torch.save(ldm.weights, file)
+    before = sorted(tmp_path.rglob("*"))
+    flags = ["--tokenizer", str(tokenizer), "--configs", str(tmp_path / "configs")]
+    monkeypatch.setattr("sys.argv", ["convert_mvdream", str(file), str(out), *flags])
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "save_pretrained", fail)
+        with pytest.raises(OSError, match="no space left"):
+            convert_mvdream.main()
+    assert sorted(tmp_path.rglob("*")) == before
+    convert_mvdream.main()
+    with pytest.raises(FileExistsError, match="out exists already"):
+        convert_mvdream.main()
+    (tmp_path / "configs" / "vae.json").unlink()
+    monkeypatch.setattr("sys.argv", ["convert_mvdream", str(file), str(tmp_path / "other"), *flags])
+    with pytest.raises(FileNotFoundError, match="vae.json does not exist: give a folder with unet.json, vae.json"):
+        convert_mvdream.main()
+
+
 @pytest.mark.parametrize(
     "what, message",
     [
         ("truncated", "download it again"),
-        ("code", "could not be read"),
+        ("code", r"could not be read .*, and no code in it was run, because it holds pathlib\S* besides tensors"),
         ("another", "model.diffusion_model"),
-        ("no tokenizer", "has no vocab.json"),
+        ("no tokenizer", "has no vocab.json: give with --tokenizer, or for a run with config.pretrained.tokenizer"),
+        ("other tokenizer", "has 108 tokens instead of 99"),
     ],
 )
 def test_bad_files_get_one_sentence(ldm, tokenizer, tmp_path, what, message):
@@ -282,7 +311,10 @@ def test_bad_files_get_one_sentence(ldm, tokenizer, tmp_path, what, message):
     if what == "code":
         torch.save({"state_dict": GOLDEN}, file)  # an object that only its own class can read
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        from_ldm(ldm, file, tmp_path if what == "no tokenizer" else tokenizer)
+        if what == "other tokenizer":
+            make_tokenizer(tmp_path / "words")
+        places = {"no tokenizer": tmp_path, "other tokenizer": tmp_path / "words"}
+        from_ldm(ldm, file, places.get(what, tokenizer))
 
 
 # -- in the trainer -------------------------------------------------------------------------------------------------
@@ -336,6 +368,23 @@ def load_policy(world, **changes):
     with config.unlocked():
         config.update_from_flattened_dict(values)
     return load_painter(config, "cpu")
+
+
+@pytest.mark.parametrize(
+    "painter, model, message",
+    [
+        ("mv_sdxl", "mvdream", "is no SDXL, which the painter 'mv_sdxl' is: .* config.painter.name to 'mvdream'"),
+        ("mvdream", "painter", "no cameras are given to, so it is no MVDream: .* config.painter.name to 'mv_sdxl'"),
+        ("mvdream", "nothing", "nothing does not exist: give a file, folder or hub id of MVDream"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused_before_its_weights_are_read(world, monkeypatch, painter, model, message):
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", None)
+    monkeypatch.setattr("diffusers_patch.loading.load_scheduler", lambda pretrained: SCHEDULER)
+    config = base.get_config()
+    config.painter.name, config.pretrained.model = painter, str(world / model)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        load_painter(config, "cpu")
 
 
 def test_views_of_a_sample_see_each_other_and_nothing_of_other_samples(world):

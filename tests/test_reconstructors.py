@@ -17,7 +17,8 @@ from recon.cameras import Cameras, orbit_cameras
 from recon.grm import GRM
 from recon.mesh import extract_mesh
 from recon.openlrm import OpenLRM
-from tests.tiny_models import SMALL_GRM, SMALL_RECONSTRUCTORS
+from tests.tiny_models import SMALL_RECONSTRUCTORS
+from tools.rehearsal.checkpoints import GRM_PARAMS
 
 OTHER_ROOMS = {"benchmarks", "config", "ddpo", "diffusers_patch", "mrc", "prompts", "tests", "tiny", "tools"}
 
@@ -174,7 +175,7 @@ def test_loading_by_name(name, monkeypatch):
 
 
 def test_grm_by_name(tmp_path):
-    GRM(**SMALL_GRM).save_pretrained(tmp_path)
+    GRM(**GRM_PARAMS).save_pretrained(tmp_path)
     config = base.get_config().recon
     config.name, config.checkpoint, config.dtype = "grm", str(tmp_path), "bf16"
     model = load_reconstructor(config)

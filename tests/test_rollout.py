@@ -1,6 +1,8 @@
 """Painting as acting: the published sampler's golden runs, through the very code that trains."""
 
 import copy
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from config import base
+from diffusers_patch import loading
 from diffusers_patch.loading import load_painter, weights_variant
 from diffusers_patch.mv_sdxl import split_grid
 from diffusers_patch.policy import DTYPES
@@ -264,3 +267,59 @@ def test_the_base_model_is_asked_only_where_it_is_needed(monkeypatch):
         assert torch.equal(values.isnan(), ~steps.expand(len(PROMPTS), 3))
     assert torch.equal(moved.kl("analytic"), moved.kl_analytic[:, 1])
     assert rollout(policy, PROMPTS, 3, 5.0, reference_steps=steps).kl() is None and len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "cached, hub, variant",
+    [
+        (["plain"], None, None),  # the hub is not asked
+        (["plain", "half"], None, None),
+        ([], ["plain", "half"], None),
+        ([], ["half"], "fp16"),
+        (["half"], ["plain", "half"], None),
+        (["half"], OSError("no network"), "fp16"),
+        ([], OSError("no network"), None),
+    ],
+)
+def test_the_hub_is_asked_only_for_what_the_cache_does_not_tell(monkeypatch, cached, hub, variant):
+    names = {f"unet/diffusion_pytorch_model.{key}safetensors": kind for key, kind in (("", "plain"), ("fp16.", "half"))}
+
+    def ask(repo_id, revision):
+        assert hub is not None
+        if isinstance(hub, OSError):
+            raise hub
+        return [name for name, kind in names.items() if kind in hub]
+
+    def look(repo_id, revision, filename):
+        return f"/cache/{filename}" if names[filename] in cached else None
+
+    monkeypatch.setattr(loading, "try_to_load_from_cache", look)
+    monkeypatch.setattr(loading, "list_repo_files", ask)
+    config = base.get_config()
+    config.pretrained.model = "someone/model"
+    assert weights_variant(config.pretrained) == variant
+
+
+@pytest.mark.parametrize("left", [[], ["tokenizer_config.json"], ["tokenizer.json"]])
+def test_a_painter_without_its_tokenizer_is_refused(world, tmp_path, left):
+    """transformers would make one that knows no words, or no length, and say nothing."""
+    shutil.copytree(world / "painter", tmp_path / "painter")
+    for file in (tmp_path / "painter" / "tokenizer_2").iterdir():
+        if file.name not in left:
+            file.unlink()
+    config = painter_config(world, pretrained__model=str(tmp_path / "painter"))
+    if left == ["tokenizer.json"]:
+        assert load_painter(config, "cpu").pipeline.tokenizer_2.model_max_length == 77
+        return
+    with pytest.raises(FileNotFoundError, match="has no tokenizer_2/vocab.json: give a complete folder"):
+        load_painter(config, "cpu")
+
+
+def test_a_lora_of_another_painter_is_refused(world):
+    config = painter_config(
+        world, pretrained__lora=str(Path(loading.__file__).parents[1] / "tiny/weights/painter_defect")
+    )
+    with pytest.raises(
+        ValueError, match="painter_defect' is a LoRA of another model than config.pretrained.model: give"
+    ):
+        load_painter(config, "cpu")

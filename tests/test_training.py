@@ -24,7 +24,8 @@ from ddpo.checkpoint import check_validation_prompts, checkpoints, find_checkpoi
 from ddpo.pictures import load_views
 from prompts.dataset import load_prompts
 from tests import children
-from tests.tiny_models import LATENT, flags, make_world, settings
+from tests.tiny_models import flags, make_world, settings
+from tools.rehearsal.checkpoints import LATENT
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = "pytorch_lora_weights.safetensors"

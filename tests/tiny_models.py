@@ -19,79 +19,22 @@ from diffusers import (
 )
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusers_patch.mv_sdxl import MVSDXL
 from recon.cameras import instant3d_cameras
 from recon.grm import GRM
 from recon.instantmesh import InstantMesh
-from recon.instantmesh_checkpoint import published_weights
-from recon.lgm import LGM
+from recon.lgm import LGM, OPTIONS
 from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
 from tiny.train_painter import assemble, make_tokenizer
+from tools.rehearsal.checkpoints import GRM_PARAMS, INSTANTMESH, LRM, MVDREAM_UNET, TEXT, UNET, VAE
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_CONFIG = json.loads((GOLDEN / "sdxl_rollout_config.json").read_text())
 
-LATENT = 8  # latents of 8x8: a grid of 64x64 pixels, views of 32x32
-TEXT_WIDTH = 16
-UNET = dict(
-    sample_size=LATENT,
-    in_channels=4,
-    out_channels=4,
-    block_out_channels=[16, 32],
-    layers_per_block=1,
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D"],
-    up_block_types=["CrossAttnUpBlock2D", "UpBlock2D"],
-    mid_block_type="UNetMidBlock2DCrossAttn",
-    attention_head_dim=[2, 4],
-    transformer_layers_per_block=[1, 1],
-    cross_attention_dim=2 * TEXT_WIDTH,
-    norm_num_groups=8,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=8,
-    projection_class_embeddings_input_dim=6 * 8 + TEXT_WIDTH,
-)
-VAE = dict(
-    in_channels=3,
-    out_channels=3,
-    down_block_types=["DownEncoderBlock2D"] * 4,
-    up_block_types=["UpDecoderBlock2D"] * 4,
-    block_out_channels=[4, 4, 8, 8],
-    layers_per_block=1,
-    latent_channels=4,
-    norm_num_groups=2,
-    sample_size=64,
-    scaling_factor=0.13025,
-    force_upcast=False,
-)
-TEXT = dict(
-    hidden_size=TEXT_WIDTH,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=24,
-    projection_dim=TEXT_WIDTH,
-)
-LRM = dict(width=8, volume=8, voxel_channels=8, plane_width=32, plane_channels=4, hidden=16)
 PROMPTS = ["a red cube", "a blue sphere", "a green cone", "a yellow cylinder"]
-
-
-MVDREAM_UNET = dict(
-    sample_size=LATENT // 2,
-    block_out_channels=[16, 32],
-    layers_per_block=1,
-    cross_attention_dim=TEXT_WIDTH,
-    down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
-    up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
-    attention_head_dim=[2, 4],
-    norm_num_groups=8,
-    use_linear_projection=True,
-    class_embed_type="projection",
-    projection_class_embeddings_input_dim=16,
-)
 
 
 class RandomPainter:
@@ -194,6 +137,20 @@ def move_by_an_ulp(module, seed):
             parameter.copy_(torch.nextafter(parameter, torch.where(up, torch.inf, -torch.inf)))
 
 
+def letter_tokenizer(folder, pad="<|endoftext|>"):
+    """CLIP's tokenizer with a vocabulary of 99: letters, fillers, and as in CLIP token 0 is "!"."""
+    letters = [chr(c) for c in range(ord("a"), ord("z") + 1)]
+    tokens = ["!", *letters, *(letter + "</w>" for letter in letters)]
+    tokens += [f"<{i}>" for i in range(97 - len(tokens))] + ["<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True)
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer(
+        str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77, pad_token=pad
+    )
+    tokenizer.save_pretrained(folder)
+
+
 class GoldenPainter(MVSDXL):
     """The golden runs tell the UNet of a 1024-pixel grid but use latents of 8x8."""
 
@@ -262,55 +219,10 @@ def openlrm_config(name):
     )
 
 
-SMALL_GRM = {
-    "in_channels": 3,
-    "input_res": 16,
-    "patch_size": 8,
-    "layers": 2,
-    "width": 64,
-    "window_size": 32,
-    "decoder_ratio": 1,
-}
-SMALL_LGM = dict(
-    input_size=32,
-    down_channels=(32, 64),
-    down_attention=(False, True),
-    up_channels=(64, 32),
-    up_attention=(True, False),
-    splat_size=32,
-)
-SMALL_INSTANTMESH = dict(  # with attention heads of 64 channels, which is how a file of it is understood
-    encoder_feat_dim=64,
-    transformer_dim=64,
-    transformer_layers=2,
-    transformer_heads=1,
-    triplane_low_res=4,
-    triplane_high_res=8,
-    triplane_dim=8,
-    rendering_samples_per_ray=16,
-    input_size=32,
-    encoder_overrides=dict(
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=1,
-        intermediate_size=256,
-        image_size=32,
-        patch_size=8,
-    ),
-)
-
-
-def save_as_lightning(model, file, **entries):
-    """Write the weights of an InstantMesh as they are published, a checkpoint of PyTorch Lightning; entries: others
-    than the weights, or in their place."""
-    state = {"state_dict": published_weights(model), "epoch": 3, "pytorch-lightning_version": "2.1.2"}
-    torch.save(state | entries, file)
-
-
 SMALL_RECONSTRUCTORS = {
     "tiny_lrm": lambda: TinyLRM(width=8, volume=8, voxel_channels=4, plane_width=32, plane_channels=4, hidden=16),
-    "lgm": lambda: LGM(**SMALL_LGM),
-    "grm": lambda: GRM(**SMALL_GRM),
+    "lgm": lambda: LGM(**OPTIONS["rehearsal"]),
+    "grm": lambda: GRM(**GRM_PARAMS),
     "openlrm": lambda: OpenLRM(**openlrm_config("a")),
-    "instantmesh": lambda: InstantMesh(**SMALL_INSTANTMESH),
+    "instantmesh": lambda: InstantMesh(**INSTANTMESH),
 }

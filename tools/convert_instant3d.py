@@ -6,6 +6,8 @@ SOURCE is the file; no code in it, which is a pickle, is run. OUT becomes a fold
 `StableDiffusionXLPipeline.from_pretrained` and for config.pretrained.model; without success nothing is written.
 The file has no tokenizers. They are those of any SDXL: by default they come from the hub, otherwise --tokenizer names a
 folder that has them in `tokenizer` and `tokenizer_2`, or --tokenizer and --tokenizer_2 name the folder of each.
+--configs names a folder with unet.json, vae.json, text_encoder.json and text_encoder_2.json, for a file that is not of
+the public size.
 """
 
 import argparse
@@ -13,7 +15,8 @@ import argparse
 import torch
 
 from config.cli import one_sentence
-from diffusers_patch.instant3d_checkpoint import TOKENIZERS, check_new, load_instant3d_pipeline, save_pipeline
+from diffusers_patch.conversion import check_new, read_configs, save_pipeline
+from diffusers_patch.instant3d_checkpoint import CONFIGS, PARTS, TOKENIZERS, load_instant3d_pipeline
 
 DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
@@ -25,9 +28,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", default=TOKENIZERS, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--tokenizer_2", default="", help="folder of the second one, if it is elsewhere")
     parser.add_argument("--dtype", choices=DTYPES, help="type of the written weights (default: as in the file)")
+    parser.add_argument("--configs", help="folder with the configurations of a file of another size")
     args = parser.parse_args()
     check_new(args.out)  # before minutes of reading
-    pipeline = load_instant3d_pipeline(args.source, args.tokenizer, args.tokenizer_2, DTYPES.get(args.dtype))
+    configs = read_configs(args.configs, PARTS) if args.configs else CONFIGS
+    pipeline = load_instant3d_pipeline(args.source, args.tokenizer, args.tokenizer_2, DTYPES.get(args.dtype), configs)
     save_pipeline(pipeline, args.out)
     print(
         f"wrote {args.out}: train it with --config config/dgx.py:instant3d_grm --config.pretrained.model={args.out} "

@@ -71,7 +71,7 @@ def score_all(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    done = _read_results(folder, settings)
+    done = read_results(folder, settings)
     wait()  # until all have seen what is done
     missing = [index for index, prompt in enumerate(prompts) if prompt not in done]
     with (folder / f"results_{process:03d}.jsonl").open("a", encoding="utf-8") as file:
@@ -86,7 +86,7 @@ def score_all(
                 )
             _append(file, {"prompt": prompts[index], **asdict(scores)})
     wait()  # until all are done
-    results = _read_results(folder, settings)
+    results = read_results(folder, settings)
     return {prompt: results[prompt] for prompt in prompts}
 
 
@@ -119,7 +119,7 @@ def _append(file, line: dict) -> None:
     file.flush()
 
 
-def _read_results(folder: Path, settings: dict) -> dict[str, Scores]:
+def read_results(folder: Path, settings: dict) -> dict[str, Scores]:
     """What earlier runs scored. A last line that was being written when its process was killed is cut off its file."""
     results = {}
     for path in sorted(folder.glob("results_*.jsonl")):
@@ -200,6 +200,7 @@ def main(args) -> None:
         "candidates": candidates,
         "samples": args.samples,
     }
+    read_results(out, settings)  # refuses those of other settings before anything is loaded
     score = painter_score(config, args.samples, accelerator.device)
     show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
     with tqdm.tqdm(total=len(candidates), desc="curating", disable=not show_progress) as bar:

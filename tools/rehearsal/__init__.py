@@ -1,0 +1,1 @@
+"""Small random checkpoints in the formats of the published files, for `python -m tools.rehearse` and for tests."""
