@@ -397,7 +397,7 @@ def write_instantmesh(folder: Path) -> Checkpoint:
 
 
 def save_as_lightning(model: InstantMesh, file: Path, **entries) -> None:
-    """Write the weights of an InstantMesh as they are published; entries: others than the weights, or in their place."""
+    """Write the weights of an InstantMesh as they are published; entries: more than those, or in their place."""
     state = {"state_dict": published_weights(model), "epoch": 3, "pytorch-lightning_version": "2.1.2"}
     torch.save(state | entries, file)
 
