@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ddpo.bad_samples import is_finite
 from ddpo.pictures import to_bytes
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
@@ -35,11 +36,12 @@ class Samples:
     images: dict[
         str, torch.Tensor
     ]  # of the first n samples: "views" and "renders" (n, V, 3, S, S) uint8 in host memory
-    reward: torch.Tensor  # (N,)
+    reward: torch.Tensor  # (N,), NaN where anything of a sample is not finite
     foreground: torch.Tensor  # (N, V) share of each view that is foreground
     empty: torch.Tensor  # (N, V) bool
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
+    bad_views: dict[int, torch.Tensor] = field(default_factory=dict)  # views (V, 3, S, S) of those with a NaN reward
 
     def scores(self) -> dict[str, torch.Tensor]:
         """reward (N,), foreground (N, V), empty (N, V), and kl (N,) if it is known."""
@@ -56,17 +58,20 @@ def collect_samples(
     score_reference: bool,
     keep_images: int = 0,
     show_progress: bool = False,
+    before_batch: Callable[[], None] | None = None,
 ) -> Samples:
     """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
 
-    keep_images: of how many samples, the first ones, the views and renders are kept. The trajectories wait for the
-    update in host memory: an epoch of them can be larger than a GPU.
+    keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called
+    before each batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     """
-    trajectories, results, images, seconds = [], [], [], {"sampling": 0.0, "reward": 0.0}
+    trajectories, results, images, bad_views, seconds = [], [], [], {}, {"sampling": 0.0, "reward": 0.0}
     size, suffix = config.sample.batch_size, config.sample.prompt_suffix
     bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
     for first in range(0, len(prompts), size):
         batch = slice(first, first + size)
+        if before_batch is not None:
+            before_batch()
         bar.set_description("sampling")
         start = time.perf_counter()
         trajectory = rollout(
@@ -82,12 +87,14 @@ def collect_samples(
         bar.set_description("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views, prompts[batch])
+        good = is_finite(trajectory, result.reward)
+        bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:
             kept = {"views": trajectory.views, "renders": result.renders}
             kept = {name: value[: keep_images - first] for name, value in kept.items() if value is not None}
             images.append({name: to_bytes(value) for name, value in kept.items()})
         trajectories.append(replace(trajectory, views=None).to("cpu"))
-        results.append(replace(result, renders=None))
+        results.append(replace(result, reward=result.reward.masked_fill(~good, torch.nan), renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
         bar.update(len(trajectory))
@@ -105,6 +112,7 @@ def collect_samples(
         empty=cat("empty"),
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
+        bad_views=bad_views,
     )
 
 

@@ -28,7 +28,7 @@ def update(
     """All updates of an epoch on this process's N samples; returns one dict of statistics per optimizer step.
 
     Gradients are summed over micro-batches and timesteps (each loss divided by their number), averaged over processes
-    once per optimizer step, clipped, and applied.
+    once per optimizer step, clipped, and applied, unless they are not finite: "step_skipped" in the statistics.
 
     trajectory: what was sampled, in host memory, from where micro-batches are moved to the GPU. advantages: (N,) on the
     CPU. generator: of the shuffling. after_step: called after each optimizer step that was not skipped, returns more
@@ -50,12 +50,14 @@ def update(
         # only now, for in half precision the gradients of small losses would underflow
         average_gradients(parameters, accelerator, steps.shape[1] * config.train.gradient_accumulation_steps)
         grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
-        optimizer.step()
+        finite, rate = bool(torch.isfinite(grad_norm)), optimizer.param_groups[0]["lr"]
+        if finite or getattr(optimizer, "scaler", None):  # a loss scaler looks for itself, and learns from it
+            optimizer.step()
         optimizer.zero_grad()
-        logs.append({**summarize(infos, accelerator), "grad_norm": float(grad_norm), "step_skipped": False})
-        if getattr(optimizer, "step_was_skipped", False):  # by the loss scaler: a gradient overflowed in float16
-            logs[-1]["step_skipped"] = True
-        elif after_step is not None:
+        skipped = not finite or getattr(optimizer, "step_was_skipped", False)
+        numbers = {"grad_norm": float(grad_norm), "learning_rate": rate, "step_skipped": skipped}
+        logs.append({**summarize(infos, accelerator), **numbers})
+        if after_step is not None and not skipped:
             logs[-1].update(after_step())
     bar.close()
     return logs
