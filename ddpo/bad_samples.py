@@ -40,8 +40,8 @@ def leave_out_bad(run, epoch: int, samples, prompts: Sequence[str], good: np.nda
     text = f"{number} of the {len(good)} samples of epoch {epoch} have NaN or infinite numbers, see {folder}"
     if number >= limit or not good.reshape(run.accelerator.num_processes, -1).any(1).all():
         raise UserError(
-            f"{text}; config.max_bad_samples is {limit}: check the weights of painter and reconstructor, or resume from "
-            f"an earlier checkpoint with a lower train.learning_rate or a more precise mixed_precision"
+            f"{text}; config.max_bad_samples is {limit}: check the painter's and reconstructor's weights, or resume "
+            f"from an earlier checkpoint with a lower train.learning_rate or a more precise mixed_precision"
         )
     run.log.say(f"{text}; they are left out")
     index = np.where(good[local], np.arange(local.stop - local.start), good[local].argmax())

@@ -59,6 +59,10 @@ class RunLog:
         self._drop_from(epochs_done)
         self._say_what_is_missing(epochs_done)
 
+    def say(self, text: str) -> None:
+        """Print a line once, not once per process."""
+        self.accelerator.print(text, flush=True)
+
     def _drop_from(self, epochs_done):
         """Drop metrics of the epochs from `epochs_done` on, and the validation before them."""
         file = self.folder / "metrics.jsonl"

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -271,24 +270,7 @@ def test_more_processes_than_validation_prompts(world, tmp_path):
         train__kl_calibration_updates=1,
         train__timesteps_per_forward=4,
     )
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = str(sock.getsockname()[1])
-    ranks = [
-        children.start(
-            children.train,
-            settings(world, tmp_path, **changes),
-            {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": "2",
-                "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            },
-        )
-        for rank in range(2)
-    ]
+    ranks = children.start_ranks(children.train, 2, settings(world, tmp_path, **changes))
     alone = children.start(children.train, settings(world, tmp_path, run_name="alone", **changes))
     for process in (*ranks, alone):
         process.join(DEADLINE)
@@ -426,7 +408,7 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     "mistake, words",
     [
         ("--config.train.lerning_rate=1", "lerning_rate does not exist: did you mean config.train.learning_rate"),
-        ("--config.resume_from=nowhere", "config.resume_from = 'nowhere' does not exist"),
+        ("--config.resume_from=nowhere", "config.resume_from is 'nowhere', which does not exist"),
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):

@@ -3,7 +3,7 @@
     python -m tools.launch --nproc_per_node 2 --standalone carve3d_train.py --config config/tiny.py
 
 The flags are those of torchrun. A signal is passed on to the processes, which have an hour to finish their epoch and
-save; then, as shells count it, the exit status is 128 + its number. If this launcher is killed, they are killed as well.
+save; then, as shells count it, the exit status is 128 + its number. If this launcher is killed, so are they.
 """
 
 import os
