@@ -115,14 +115,21 @@ def test_a_folder_is_in_use_until_its_process_ends_however(tmp_path):
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        take_lock(tmp_path / "run")
-        os.write(writer, b"taken")
-        signal.pause()
-    os.read(reader, 5)
-    with pytest.raises(UserError, match=f"run is in use by process {child} on .*: wait .*config.run_name"):
-        take_lock(tmp_path / "run")
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+        try:
+            lock = take_lock(tmp_path / "run")
+            os.write(writer, b"taken")
+            signal.pause()
+            lock.close()
+        finally:
+            os._exit(1)
+    os.close(writer)
+    try:
+        assert os.read(reader, 5) == b"taken"
+        with pytest.raises(UserError, match=f"run is in use by process {child} on .*: wait .*config.run_name"):
+            take_lock(tmp_path / "run")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
     with take_lock(tmp_path / "run"), pytest.raises(UserError, match=f"in use by process {os.getpid()} on"):
         take_lock(tmp_path / "run")
 
