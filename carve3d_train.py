@@ -18,18 +18,21 @@ from functools import partial
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import names every optional package that is missing
 
-import torch
+import numpy as np
 
 from config import cli
 from config.batches import batch_table, gradients_while_painting
 from config.validate import validate
-from ddpo.advantages import compute_advantages
+from ddpo.advantages import epoch_advantages
+from ddpo.bad_samples import leave_out_bad
 from ddpo.calibration import StepCalibration, check_clip_range
-from ddpo.checkpoint import check_validation_prompts, find_checkpoint, load_run, new_run_folder, save_run
+from ddpo.checkpoint import load_run, save_run
+from ddpo.files import whole
+from ddpo.final import save_final
+from ddpo.run_folder import open_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
     NOISE,
-    SHUFFLE_ADVANTAGES,
     SHUFFLE_SAMPLES,
     STEPS,
     VALIDATION,
@@ -40,8 +43,9 @@ from ddpo.sampling import (
     local_slice,
     make_generator,
 )
-from ddpo.setup import make_optimizer, start_accelerator, start_tracker
+from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator, start_tracker
 from ddpo.stat_tracking import make_trackers
+from ddpo.stopping import Stopped, Stopping, end_early, end_with_launcher
 from ddpo.update import update, update_from_gradients
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from mrc.rewards import load_reward
@@ -53,19 +57,16 @@ class Run:
 
     def __init__(self, config):
         self.config = config
-        checkpoint = None
-        if config.resume_from:
-            checkpoint = find_checkpoint(config.resume_from, config.resume_previous_if_damaged)
+        set_arithmetic(config)
         self.accelerator = accelerator = start_accelerator(config)
         validate(config, accelerator.num_processes, accelerator.device.type)
         check_cameras(config)
         self.prompts = PromptDataset.from_config(config.prompts)
-        if checkpoint:
-            check_validation_prompts(checkpoint, self.prompts.val_set)
-        self.folder = checkpoint.parent if checkpoint else new_run_folder(config, accelerator)
+        self.opened = open_run(config, accelerator, self.prompts)
+        self.folder, checkpoint = self.opened.folder, self.opened.checkpoint
+        self.stopping = Stopping(self.folder, accelerator)
         accelerator.print(f"run {self.folder}\n{batch_table(config, accelerator.num_processes)}", flush=True)
 
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
         self.reward_fn = load_reward(config, accelerator.device)
         self.policy = load_painter(config, accelerator.device)
         suffix = config.sample.prompt_suffix
@@ -82,17 +83,26 @@ class Run:
         self.collect_samples = partial(collect_samples, self.policy, self.reward_fn, config=config, **switches)
         self.epochs_done, self.kl = 0, 0.0  # kl: mean over the last epoch
 
-        self.log = RunLog(self.folder, accelerator, config)
-        start_tracker(accelerator, config, self.folder)
+        # nothing is written before this: a run that cannot be resumed is refused above, or by load_run
         if checkpoint:
             load_run(self, checkpoint)
-            self.log.resume(self.epochs_done)
-            self.log.say(f"resumed from {checkpoint}, {self.epochs_done} epochs done")
-        else:
+        self.log = RunLog(self.folder, accelerator, config)
+        with self.stopping.safely():
+            self.log.start(self.epochs_done, self.finished, self.opened)
+        start_tracker(accelerator, config, self.folder)
+        if not checkpoint:
             self.save()  # so that a run killed in its first epochs can be resumed too
 
     def train(self):
         """Validate, then epoch by epoch sample, score, learn and save, to the last epoch or until the KL is spent."""
+        with self.stopping.listening():
+            try:
+                self.all_epochs()
+            except Stopped as stopped:
+                end_early(self, stopped)
+
+    def all_epochs(self):
+        """What `train` does unless it is told to stop."""
         while True:
             # in this order: a run resumed from a checkpoint repeats the validation that follows it
             if self.finished or self.epochs_done % self.config.val_freq == 0:
@@ -100,7 +110,6 @@ class Run:
             if self.finished:
                 break
             self.epoch(self.epochs_done)
-            self.epochs_done += 1
             if self.finished or self.epochs_done % self.config.save_freq == 0:
                 self.save()
         self.finish()
@@ -120,35 +129,27 @@ class Run:
             prompts[local],
             generators,
             keep_images=shown,
+            before_batch=self.stopping.check,
             step_generator=make_generator(config.seed, STEPS, epoch, accelerator.process_index),
             backward=accelerator.backward if epoch > 0 and gradients_while_painting(config) else None,
         )
 
-        gathered = gather_scores(samples, accelerator)
-        advantages = compute_advantages(
-            gathered["reward"],
-            prompts,
-            gathered["kl"] if config.kl_penalty else None,
-            self.trackers["reward"],
-            self.trackers["kl"],
-            config.kl_in_reward,
-            config.kl_normalized_coeff,
-            empty=None if config.mrc.empty_in_statistics else gathered["empty"].any(1),
-            worst=-config.train.adv_clip_max,
-        ).advantages
-        advantages = torch.as_tensor(advantages, dtype=torch.float32)
-        if config.shuffle_advantages:
-            generator = make_generator(config.seed, SHUFFLE_ADVANTAGES, epoch)
-            advantages = advantages[torch.randperm(len(advantages), generator=generator)]
-        self.kl = float(gathered["kl"].mean()) if self.score_reference else 0.0
+        scores = gather_scores(samples, accelerator)
+        good = np.isfinite(scores["reward"])
+        if not good.all():
+            samples = leave_out_bad(self, epoch, samples, prompts, good, local)
+        advantages = epoch_advantages(scores, prompts, good, self.trackers, config, epoch)
+        scores = {name: value[good] for name, value in scores.items()}
+        self.kl = float(scores["kl"].mean()) if self.score_reference else 0.0
 
         start = time.perf_counter()
         updates = []
         if epoch > 0:  # the first epoch only fills the trackers
             updates = self.update(epoch, samples, advantages[local])
+        self.epochs_done += 1
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.log.epoch(epoch, samples, prompts[local], gathered, updates, learning_rate, seconds)
+        with self.stopping.safely():
+            self.log.epoch(epoch, samples, prompts[local], scores, updates, seconds)
 
     def update(self, epoch, samples, advantages):
         """The updates of an epoch: one dict of statistics per optimizer step."""
@@ -170,30 +171,37 @@ class Run:
         if local:
             generators = [make_generator(0, VALIDATION, i) for i in local]
             samples = self.collect_samples([prompts[i] for i in local], generators, keep_images=len(local))
-            self.log.validation_images(self.epochs_done, local, samples.images)
-        self.log.validation(self.epochs_done, gather_uneven_scores(samples, local), prompts)
+        with self.stopping.safely():
+            self.log.validation_images(self.epochs_done, local, samples.images if samples else {})
+        scores = gather_uneven_scores(samples, local)
+        with self.stopping.safely():
+            self.log.validation(self.epochs_done, scores, prompts)
 
     def save(self):
         """The LoRA for stock diffusers, the curves, and last, because it says that all is there, a checkpoint."""
-        if self.accelerator.is_main_process:
-            if self.config.use_lora and self.epochs_done > 0:
-                self.policy.save_lora(self.folder / "lora" / f"epoch_{self.epochs_done:04d}")
-            self.log.curves()
-            save_run(self)
-        self.accelerator.wait_for_everyone()
+        with self.stopping.safely():
+            if self.accelerator.is_main_process:
+                if self.config.use_lora and self.epochs_done > 0:
+                    with whole(self.folder / "lora" / f"epoch_{self.epochs_done:04d}") as partial:
+                        self.policy.save_lora(partial)
+                self.log.curves()
+                save_run(self)
 
     def finish(self):
         """final/, and the comparison of before and after."""
-        if self.accelerator.is_main_process:
-            self.policy.save_weights(self.folder / "final")
-        if self.epochs_done < self.config.num_epochs:
-            self.log.say(f"stopped: the mean KL {self.kl:.2e} has reached config.stop_kl = {self.config.stop_kl:.2e}")
-        self.log.final(self.epochs_done)
-        self.accelerator.wait_for_everyone()
+        with self.stopping.safely():
+            if self.accelerator.is_main_process:
+                save_final(self.policy, self.config, self.folder / "final")
+            if self.epochs_done < self.config.num_epochs:
+                self.log.say(
+                    f"stopped: the mean KL {self.kl:.2e} has reached config.stop_kl = {self.config.stop_kl:.2e}"
+                )
+            self.log.final()
         self.accelerator.end_training()
 
 
 def main(args):
+    end_with_launcher()
     Run(args.config).train()
 
 

@@ -57,16 +57,18 @@ start() {
 }
 
 # torchrun, because `accelerate launch` would let a default configuration of the user's change the run, and starts a
-# single process on CPUs
+# single process on CPUs; through tools/launch.py, which ends as the processes end
 torchrun() {  # torchrun PROCESSES_ON_THIS_MACHINE [flags of torchrun] carve3d_train.py [trainer flags]
     local processes="$1" cores threads
     shift
     cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
     threads=$((cores / processes))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-    start "$VENV_PYTHON" -m torch.distributed.run --nproc_per_node "$processes" "$@"
+    start "$VENV_PYTHON" -m tools.launch --nproc_per_node "$processes" "$@"
 }
 
+# what a run that is stopped says to type; a command around this one may have set it
+export CARVE3D_COMMAND="${CARVE3D_COMMAND:-bash carve3d_train.sh$([ $# -eq 0 ] || printf ' %q' "$@")}"
 if [ "${1:-}" = --rehearse ]; then
     case "${2:-}" in
         "" | -*) fail "--rehearse needs a configuration: write 'bash carve3d_train.sh --rehearse config/dgx.py:instant3d_grm'" ;;

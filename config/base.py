@@ -38,11 +38,18 @@ def get_config() -> ConfigDict:
     config.mixed_precision = "fp16"
     # Let Ampere and later GPUs round float32 matrix products to TF32: faster, about three decimal digits.
     config.allow_tf32 = True
-    # Resume a run: a checkpoint folder, or a run's folder (its newest checkpoint). "" = start a new one.
-    # use_lora and lora.* must be those of that run.
+    # Resume a run: a checkpoint folder, a run's folder (its newest checkpoint), or "auto" = the newest good checkpoint
+    # of the run that run_name names, or a new run if there is none, so that the same command starts and resumes it.
+    # "" = start a new one. use_lora and lora.* must be those of that run.
     config.resume_from = ""
     # When the newest checkpoint of the run's folder is damaged: False = stop and say so, True = use the one before it.
     config.resume_previous_if_damaged = False
+    # Stop the run when this many samples of an epoch, or more, have NaN or infinite numbers. Fewer are left out, with a
+    # warning, and saved in bad_samples/. 1 = stop at the first.
+    config.max_bad_samples = 8
+    # Only algorithms that give the same bits every time: a resumed run is then bitwise equal on GPUs too, which are
+    # slower for it, and a layer that has no such algorithm is an error. CPUs give the same bits in any case.
+    config.deterministic = False
     # True: train small low-rank matrices beside the frozen UNet. False: train the whole UNet (needs a second, frozen
     # copy as KL reference, many times the memory, and a smaller learning rate).
     config.use_lora = True

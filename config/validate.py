@@ -61,6 +61,7 @@ RANGES = {
     "save_freq": "[1, inf)",
     "val_freq": "[1, inf)",
     "num_checkpoint_limit": "[1, inf)",
+    "max_bad_samples": "[1, inf)",
     "painter.elevation": "[0, 90)",
     "painter.azimuth_start": "[0, 360)",
     "lora.rank": "[1, inf)",
@@ -340,6 +341,8 @@ def _check_required(config: ConfigDict) -> None:
     }
     if config.reward_fn == "mrc":
         required["recon.checkpoint"] = "the weights of the reconstructor that the reward needs"
+    if config.resume_from == "auto":
+        required["run_name"] = "the name of the run that config.resume_from = 'auto' resumes or starts"
     values = flatten(config)
     for key, what in required.items():
         if not values[key]:
@@ -351,7 +354,7 @@ def _check_files(config: ConfigDict) -> None:
         "pretrained.model": config.pretrained.model,
         "pretrained.vae": config.pretrained.vae,
         "pretrained.lora": config.pretrained.lora,
-        "resume_from": config.resume_from,
+        "resume_from": "" if config.resume_from == "auto" else config.resume_from,
     }
     if config.reward_fn == "mrc":
         checkpoints["recon.checkpoint"] = config.recon.checkpoint

@@ -4,7 +4,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from ml_collections import ConfigDict
 
+from ddpo.sampling import SHUFFLE_ADVANTAGES, make_generator
 from ddpo.stat_tracking import PerPromptStatTracker, one_value_per_prompt
 
 STD_EPSILON = 1e-8
@@ -16,6 +19,39 @@ class Advantages(NamedTuple):
     advantages: np.ndarray
     reward_advantages: np.ndarray
     kl_normalized: np.ndarray | None  # None without a KL tracker
+
+
+def epoch_advantages(
+    scores: dict[str, np.ndarray],
+    prompts: Sequence[str],
+    good: np.ndarray,
+    trackers: dict[str, PerPromptStatTracker | None],
+    config: ConfigDict,
+    epoch: int,
+) -> torch.Tensor:
+    """`compute_advantages` of an epoch as `config` wants them: (N,) float32 on the CPU.
+
+    scores: of the samples of all processes, see `ddpo.sampling.gather_scores`; prompts: theirs. good: (N,) bool, the
+    others get 0 and enter no statistics. trackers: {"reward", "kl"}, updated.
+    """
+    kept = {name: value[good] for name, value in scores.items()}
+    found = compute_advantages(
+        kept["reward"],
+        [prompt for prompt, is_good in zip(prompts, good, strict=True) if is_good],
+        kept["kl"] if config.kl_penalty else None,
+        trackers["reward"],
+        trackers["kl"],
+        config.kl_in_reward,
+        config.kl_normalized_coeff,
+        empty=None if config.mrc.empty_in_statistics else kept["empty"].any(1),
+        worst=-config.train.adv_clip_max,
+    )
+    advantages = torch.zeros(len(prompts))
+    advantages[torch.from_numpy(good)] = torch.as_tensor(found.advantages, dtype=torch.float32)
+    if config.shuffle_advantages:
+        generator = make_generator(config.seed, SHUFFLE_ADVANTAGES, epoch)
+        advantages = advantages[torch.randperm(len(advantages), generator=generator)]
+    return advantages
 
 
 def compute_advantages(

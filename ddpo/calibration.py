@@ -33,8 +33,28 @@ class StepCalibration:
         config: ConfigDict,
     ):
         self.policy, self.optimizer, self.accelerator, self.config = policy, optimizer, accelerator, config
-        self.remaining = config.train.kl_calibration_updates if config.train.kl_per_update > 0 else 0
+        self.done = 0  # updates that were measured, for this kl_per_update
         self.trajectory = self.means = None
+
+    @property
+    def remaining(self) -> int:
+        """How many updates will still be measured."""
+        train = self.config.train
+        return max(0, train.kl_calibration_updates - self.done) if train.kl_per_update > 0 else 0
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs to know, beside the learning rate."""
+        return {"kl_per_update": self.config.train.kl_per_update, "done": self.done}
+
+    def load_state_dict(self, state: dict, learning_rate: float) -> None:
+        """Go on from `state_dict()` and the learning rate that it had led to.
+
+        If it was off then, or is off now, config.train.learning_rate counts and nothing is taken over. If another KL is
+        wanted now, it is calibrated anew, from the rate that there was."""
+        wanted = self.config.train.kl_per_update
+        if wanted > 0 and state["done"] > 0:
+            self.done = state["done"] if wanted == state["kl_per_update"] else 0
+            self._set(learning_rate)
 
     def start(self, trajectory: Trajectory) -> None:
         """Call before the updates of an epoch on the samples `trajectory` of this process."""
@@ -51,16 +71,19 @@ class StepCalibration:
         kl = kl_between(before, self.means)
         sums = torch.stack([kl.sum(), kl.new_tensor(len(kl))])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
-        self.remaining -= 1
+        self.done += 1
         return {"kl_of_update": total / count, "next_learning_rate": self.adjust(total / count)}
 
     def adjust(self, kl: float) -> float:
         """Set and return the learning rate that follows an update which moved the policy by `kl`."""
         factor = (self.config.train.kl_per_update / max(kl, 1e-12)) ** 0.5
         factor = min(max(factor, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
+        return self._set(self.optimizer.param_groups[0]["lr"] * factor)
+
+    def _set(self, learning_rate):
         for group in self.optimizer.param_groups:
-            group["lr"] *= factor
-        return self.optimizer.param_groups[0]["lr"]
+            group["lr"] = learning_rate
+        return learning_rate
 
     def _means(self):
         """`trajectory_means` of samples spread over the epoch, the same ones for any number of processes."""

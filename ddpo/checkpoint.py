@@ -3,8 +3,7 @@
 A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     weights.safetensors   what is trained
     optimizer.pt          the optimizer's state
-    run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration, validation
-                          prompts
+    run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration, prompts
     manifest.json         size and SHA-256 of the other files
 It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder
 of that name is complete. Random states need no place in it: every random stream is made anew from the run's seed and
@@ -14,45 +13,25 @@ In place of accelerate's `save_state`, which is neither atomic nor verifiable, p
 frozen base model with every checkpoint.
 """
 
-import datetime
 import hashlib
 import json
 import os
 import re
-import shutil
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
-from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 
+from config.errors import MissingFileError, UserError
+from ddpo.files import PARTIAL, remove, whole
 from ddpo.setup import adam_settings
 
 PREFIX = "checkpoint_"
-PARTIAL = "partial_"
 FILES = {"weights.safetensors", "optimizer.pt", "run.json"}
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint folder that is incomplete or not what was written."""
-
-
-def new_run_folder(config: ConfigDict, accelerator: Accelerator) -> Path:
-    """The folder of a new run, named by the clock of the main process if config.run_name is empty.
-
-    Raises ValueError if it already holds a run.
-    """
-    name = config.run_name or gather_object([datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")])[0]
-    folder = Path(config.logdir) / name
-    if checkpoints(folder) or (folder / "metrics.jsonl").exists():
-        raise ValueError(
-            f"{folder} already holds a run: choose another config.run_name, or set config.resume_from to "
-            f"{str(folder)!r} to resume it"
-        )
-    accelerator.wait_for_everyone()  # before the main process writes there
-    return folder
 
 
 def save_run(run) -> None:
@@ -60,9 +39,10 @@ def save_run(run) -> None:
     scaler = run.accelerator.scaler
     state = {
         "kl": run.kl,
-        "calibrations_left": run.calibration.remaining,
+        "calibration": run.calibration.state_dict(),
         "trackers": {name: tracker and tracker.state_dict() for name, tracker in run.trackers.items()},
         "loss_scaler": scaler and scaler.state_dict(),
+        "training_prompts": run.prompts.train_set,
         "validation_prompts": run.prompts.val_set,
         "config": run.config.to_dict(),
     }
@@ -70,35 +50,21 @@ def save_run(run) -> None:
     save_checkpoint(run.folder, run.epochs_done, weights, optimizer_state, state, run.config.num_checkpoint_limit)
 
 
-def check_validation_prompts(checkpoint: Path, prompts: list[str]) -> None:
-    """Raise ValueError if a run that resumes from `checkpoint` had other validation prompts than `prompts`: validations
-    of one run are compared prompt by prompt."""
-    found = json.loads((checkpoint / "run.json").read_text()).get("validation_prompts", prompts)
-    if found != prompts:
-        raise ValueError(
-            f"config.prompts.val_file has other prompts ({len(prompts)}) than those that {checkpoint.parent} was "
-            f"validated on ({len(found)}): resume with the run's own val_file, and use python -m tools.evaluate for "
-            f"other prompts"
-        )
-
-
 def load_run(run, checkpoint: Path) -> None:
     """Put a run back to where `checkpoint` was saved; settings of its own configuration win over the checkpoint's."""
     weights, optimizer_state, state = load_checkpoint(checkpoint)
     run.policy.load_trainable_state(weights)
     run.optimizer.load_state_dict(optimizer_state)
+    rate = run.optimizer.param_groups[0]["lr"]
     for group in run.optimizer.param_groups:
-        calibrated = {"lr": group["lr"]} if run.config.train.kl_per_update > 0 else {}
-        group.update(adam_settings(run.config) | calibrated)
-    run.calibration.remaining = state["calibrations_left"]
+        group.update(adam_settings(run.config))
+    run.calibration.load_state_dict(state["calibration"], rate)
     for name, tracker in run.trackers.items():
         if tracker and state["trackers"][name]:
             tracker.load_state_dict(state["trackers"][name])
     if run.accelerator.scaler and state["loss_scaler"]:
         run.accelerator.scaler.load_state_dict(state["loss_scaler"])
     run.epochs_done, run.kl = state["epochs_done"], state["kl"]
-    if run.accelerator.is_main_process:
-        remove_later(checkpoint)
 
 
 def save_checkpoint(
@@ -111,21 +77,18 @@ def save_checkpoint(
 ) -> Path:
     """Write `checkpoint_XXXX` into `run_folder` and remove the oldest beyond `limit`. run_state: JSON values."""
     run_folder = Path(run_folder)
-    for leftover in run_folder.glob(f"{PARTIAL}{PREFIX}*"):
-        shutil.rmtree(leftover)
     folder = run_folder / f"{PREFIX}{epochs_done:04d}"
-    partial = run_folder / f"{PARTIAL}{folder.name}"
-    partial.mkdir(parents=True)
     weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(weights, partial / "weights.safetensors")
-    torch.save(optimizer_state, partial / "optimizer.pt")
-    (partial / "run.json").write_text(json.dumps({"epochs_done": epochs_done, **run_state}))
-    manifest = {name: _fingerprint(partial / name) for name in sorted(FILES)}
-    (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    for file in partial.iterdir():
-        with open(file, "rb") as handle:
-            os.fsync(handle.fileno())
-    os.replace(partial, folder)
+    with whole(folder) as partial:
+        partial.mkdir()
+        save_file(weights, partial / "weights.safetensors")
+        torch.save(optimizer_state, partial / "optimizer.pt")
+        (partial / "run.json").write_text(json.dumps({"epochs_done": epochs_done, **run_state}))
+        manifest = {name: _fingerprint(partial / name) for name in sorted(FILES)}
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for file in partial.iterdir():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())
     for old in checkpoints(run_folder)[:-limit]:
         _remove(old)
     return folder
@@ -133,8 +96,14 @@ def save_checkpoint(
 
 def checkpoints(run_folder: str | Path) -> list[Path]:
     """The checkpoint folders of a run, oldest first."""
-    found = [path for path in Path(run_folder).glob(f"{PREFIX}*") if _epochs(path) is not None]
-    return sorted(found, key=_epochs)
+    found = [path for path in Path(run_folder).glob(f"{PREFIX}*") if epochs_of(path) is not None]
+    return sorted(found, key=epochs_of)
+
+
+def epochs_of(folder: Path) -> int | None:
+    """XXXX of a folder `checkpoint_XXXX`, None for anything else."""
+    match = re.fullmatch(PREFIX + r"(\d+)", folder.name)
+    return int(match[1]) if match and folder.is_dir() else None
 
 
 def find_checkpoint(path: str | Path, previous_if_damaged: bool = False) -> Path:
@@ -144,15 +113,15 @@ def find_checkpoint(path: str | Path, previous_if_damaged: bool = False) -> Path
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its checkpoint folders"
         )
-    single = _epochs(path) is not None
+    single = epochs_of(path) is not None
     found = checkpoints(path.parent if single else path)
     if single:
         found = found[: found.index(path) + 1]
     if not found:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one of its checkpoint "
             f"folders"
         )
@@ -193,24 +162,11 @@ def load_checkpoint(folder: str | Path) -> tuple[dict[str, torch.Tensor], dict, 
     return weights, optimizer_state, json.loads((folder / "run.json").read_text())
 
 
-def remove_later(folder: Path) -> None:
-    """Remove the checkpoints newer than `folder`: the run resumes from there, and their epochs are run again."""
-    for newer in checkpoints(folder.parent):
-        if _epochs(newer) > _epochs(folder):
-            _remove(newer)
-
-
 def _remove(folder):
     partial = folder.with_name(PARTIAL + folder.name)
-    shutil.rmtree(partial, ignore_errors=True)
+    remove(partial)
     os.replace(folder, partial)
-    shutil.rmtree(partial)
-
-
-def _epochs(path):
-    """XXXX of a folder `checkpoint_XXXX`, None for anything else."""
-    match = re.fullmatch(PREFIX + r"(\d+)", path.name)
-    return int(match[1]) if match and path.is_dir() else None
+    remove(partial)
 
 
 def _fingerprint(file):

@@ -4,13 +4,14 @@ Samples are counted through, first all of the first prompt: sample i is the (i %
 """
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.stats import sem, ttest_rel
+
+from ddpo.files import write_whole
 
 BASE = "base"  # the model without a LoRA, with which the others are compared
 SWEPT = {  # the keys that the paper's sweeps change, in words
@@ -76,13 +77,6 @@ class Parts:
     def picture(self, model: int, sample: int) -> Path:
         """File of the images of a sample by the model of that number."""
         return self.folder / f"model_{model:03d}_sample_{sample:06d}.png"
-
-
-def write_whole(file: Path, text: str) -> None:
-    """Write a text file that is never seen half-written."""
-    partial = file.with_name(f"tmp_{file.name}")
-    partial.write_text(text + "\n")
-    os.replace(partial, file)
 
 
 def batches(count: int, size: int) -> list[list[int]]:

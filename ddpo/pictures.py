@@ -1,7 +1,6 @@
 """Samples as pictures: views object by object, such as painted views over re-rendered views."""
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+
+from ddpo.files import whole
 
 SIDE = (96, 256)  # about the smallest and the largest side in pixels of a view in a picture
 CAPTION = 26  # height in pixels of the two lines of text above an object
@@ -51,9 +52,8 @@ def save_views(rows: dict[str, torch.Tensor], file: Path) -> None:
     pixels = torch.cat([_pixels(views) for views in rows.values()])
     text = PngInfo()
     text.add_text("rows", json.dumps({label: len(views) for label, views in rows.items()}))
-    partial = file.with_name(f"tmp_{file.name}")
-    Image.fromarray(pixels.cpu().numpy()).save(partial, pnginfo=text)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        Image.fromarray(pixels.cpu().numpy()).save(partial, pnginfo=text)
 
 
 def load_views(file: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,10 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 from scipy.stats import sem, ttest_rel
 
+from config.errors import UserError
+from ddpo.files import append_whole, remove_partial, whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views
+from ddpo.run_folder import OpenRun, replaced_later, set_aside
 from ddpo.sampling import Samples
 
 CURVES = {  # curves.png: title -> (kind of line, key)
@@ -37,33 +39,62 @@ class RunLog:
     def __init__(self, folder: Path, accelerator: Accelerator, config: ConfigDict):
         self.folder, self.accelerator, self.config = Path(folder), accelerator, config
         self.lines = []  # of metrics.jsonl
-        if accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+
+    def start(self, epochs_done: int, finished: bool, opened: OpenRun) -> None:
+        """Begin the reports of a run, or of one that resumes after `epochs_done` epochs.
+
+        finished: it has no epochs left to do. What a resumed run will replace by something else is kept in a branch.
+        The metrics and validations of epochs that are only run again are dropped: they would otherwise be compared
+        with if the resumed run is shorter than before."""
+        if not self.accelerator.is_main_process:
+            return
+        remove_partial(self.folder)
+        if opened.checkpoint:
+            changes = "".join(f"\n  {change}" for change in opened.changes)
+            self.say(f"resumed from {opened.checkpoint}, {epochs_done} epochs done{changes}")
+            replaced = replaced_later(self.folder, epochs_done, finished)
+            if replaced:
+                self.say(f"what was made after {epochs_done} epochs is now in {set_aside(self.folder, replaced)}")
+        write_whole(self.folder / "config.json", self.config.to_json_best_effort(indent=1))
+        self._drop_from(epochs_done)
+        self._say_what_is_missing(epochs_done)
 
     def say(self, text: str) -> None:
         """Print a line once, not once per process."""
         self.accelerator.print(text, flush=True)
 
-    def resume(self, epochs_done: int) -> None:
-        """Drop what is run again, the epochs from `epochs_done` on and the validation before them: their metrics and
-        the validations' files, which would otherwise be compared with if the resumed run is shorter than before."""
+    def _drop_from(self, epochs_done):
+        """Drop metrics of the epochs from `epochs_done` on, and the validation before them."""
         file = self.folder / "metrics.jsonl"
-        if not self.accelerator.is_main_process or not file.exists():
-            return
-        for text in file.read_text().splitlines():
+        for text in file.read_text().splitlines() if file.exists() else ():
             try:
                 line = json.loads(text)
             except ValueError:
                 continue  # a line cut short when the run was killed; its epoch is run again
             if line["epoch"] < epochs_done:
                 self.lines.append(line)
-        partial = self.folder / "metrics.tmp"
-        partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
-        os.replace(partial, file)
+        if file.exists():
+            with whole(file) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines))
         for validation in self._validations():
             if int(validation.name.removeprefix("epoch_")) >= epochs_done:
                 shutil.rmtree(validation)
+
+    def _say_what_is_missing(self, epochs_done):
+        """A run can go on without its metrics and validations, but its report will be less than it was."""
+        seen = {(line["kind"], line["epoch"]) for line in self.lines}
+        missing = [epoch for epoch in range(epochs_done) if ("epoch", epoch) not in seen]
+        if missing:
+            self.say(
+                f"{self.folder / 'metrics.jsonl'} lacks {len(missing)} of the {epochs_done} epochs done, the first is "
+                f"{missing[0]}: put the file back and resume again, or curves.png will lack them too"
+            )
+        if epochs_done and ("validation", 0) not in seen:
+            self.say("  and the validation before training: the gain will be counted from the first that is there")
+        for _, epoch in sorted(key for key in seen if key[0] == "validation"):
+            folder = self._validation(epoch)
+            if not (folder / "scores.json").exists():
+                self.say(f"{folder} is missing: its rewards are in metrics.jsonl, its pictures will not be shown")
 
     # -- the three reports of a run -----------------------------------------------------------------------------------
 
@@ -74,19 +105,19 @@ class RunLog:
         prompts: Sequence[str],
         scores: dict[str, np.ndarray],
         updates: list[dict],
-        learning_rate: float,
         seconds: dict[str, float],
     ) -> None:
         """Metrics of an epoch and its updates, a picture and one line of text.
 
-        samples, prompts: of this process; scores: over all processes, see `ddpo.sampling.gather_scores`."""
+        samples, prompts: of this process; scores: of all processes' samples that are not bad, see
+        `ddpo.sampling.gather_scores`."""
         reward = scores["reward"]
         counts, edges = np.histogram(reward, bins=10)
         line = {
             **summary(scores),
             "reward_std": float(reward.std()),
             "reward_histogram": {"counts": counts.tolist(), "edges": edges.tolist()},
-            "learning_rate": learning_rate,
+            "learning_rate": updates[-1]["learning_rate"] if updates else None,
             "seconds": seconds,
         }
         self._write("epoch", epoch, line)
@@ -99,7 +130,7 @@ class RunLog:
         if updates:
             learning = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
             skipped = sum(statistics["step_skipped"] for statistics in updates)
-            learning += f"  ({skipped} of {len(updates)} steps skipped: overflow in float16)" if skipped else ""
+            learning += f"  ({skipped} of {len(updates)} steps skipped: gradient not finite)" if skipped else ""
         times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())
         self.say(
             f"epoch {epoch:3d}  reward {reward.mean():+.4f} +- {reward.std():.4f}  kl {line.get('kl_mean', 0.0):.2e}  "
@@ -119,35 +150,48 @@ class RunLog:
         """Metrics of a validation, also as validation/epoch_XXXX/scores.json, a picture and one line of text.
 
         scores: over all processes, see `ddpo.sampling.gather_uneven_scores`."""
-        reward = scores["reward"]
-        line = summary(scores) | {
-            "reward_standard_error": standard_error(reward),
-            **{f"{name}s": scores[name].tolist() for name in ("reward", "kl") if name in scores},
+        reward, good = scores["reward"], np.isfinite(scores["reward"])
+        if not good.any():
+            raise UserError(
+                f"no validation prompt got a reward that is a number after {epochs_done} epochs: look at "
+                f"{self._validation(epochs_done)}, and choose a more precise mixed_precision or an earlier checkpoint"
+            )
+        line = summary({name: value[good] for name, value in scores.items()}) | {
+            "reward_standard_error": standard_error(reward[good]),
+            **{f"{name}s": numbers_or_none(scores[name]) for name in ("reward", "kl") if name in scores},
         }
         self._write("validation", epochs_done, line)
         if self.accelerator.is_main_process:
             content = {"prompts": list(prompts), "rewards": line["rewards"]}
-            (self._validation(epochs_done) / "scores.json").write_text(json.dumps(content) + "\n")
+            write_whole(self._validation(epochs_done) / "scores.json", json.dumps(content))
             images = self._first_validation_images(self._validation(epochs_done))
             self._picture("validation", epochs_done, labelled(images), _reward_notes(reward), prompts)
         self.say(
             f"validation after {epochs_done} epochs: reward {line['reward_mean']:+.4f} +- "
-            f"{line['reward_standard_error']:.4f} (standard error over {len(reward)} prompts)"
+            f"{line['reward_standard_error']:.4f} (standard error over {good.sum()} prompts)"
             + (f", kl {line['kl_mean']:.2e}" if "kl_mean" in line else "")
         )
+        if not good.all():
+            self.say(
+                f"{(~good).sum()} of {len(good)} validation prompts got NaN or infinite numbers and are not counted, "
+                f"the first is {prompts[int(good.argmin())]!r}"
+            )
 
-    def final(self, epochs_done: int) -> None:
+    def final(self) -> None:
         """Compare the last validation with the first: a picture and the closing lines of the run."""
         if not self.accelerator.is_main_process:
             return
         self.curves()
-        rewards = [np.array(line["rewards"]) for line in self.lines if line["kind"] == "validation"]
-        before, after = rewards[0], rewards[-1]
+        first, last = [[line for line in self.lines if line["kind"] == "validation"][i] for i in (0, -1)]
+        before, after = (np.array(line["rewards"], dtype=float) for line in (first, last))
+        both = np.isfinite(before) & np.isfinite(after)
+        before, after = before[both], after[both]
         gain = after - before
-        self._before_and_after(epochs_done)
-        p = ttest_rel(after, before).pvalue if gain.std() > 0 else float("nan")
+        self._before_and_after(first, last)
+        p = ttest_rel(after, before).pvalue if len(gain) > 1 and gain.std() > 0 else float("nan")
+        start = f" ({first['epoch']} epochs)" if first["epoch"] else ""
         self.say(
-            f"\nvalidation reward before {before.mean():+.4f} +- {standard_error(before):.4f}, after "
+            f"\nvalidation reward before{start} {before.mean():+.4f} +- {standard_error(before):.4f}, after "
             f"{after.mean():+.4f} +- {standard_error(after):.4f}: {100 * gain.mean() / abs(before.mean()):+.1f} % "
             f"(paired t-test over {len(gain)} prompts: p = {p:.1e})\n"
             f"the weights are in {self.folder / 'final'}, curves and pictures in {self.folder}"
@@ -170,9 +214,9 @@ class RunLog:
             axis.plot(x, y, marker="o", markersize=3)
             if kind == "validation":
                 axis.errorbar(x, y, yerr=[line["reward_standard_error"] for line in lines], fmt="none", capsize=3)
-        figure.savefig(self.folder / "curves.tmp.png", dpi=100)
+        with whole(self.folder / "curves.png") as partial:
+            figure.savefig(partial, dpi=100)
         plt.close(figure)
-        os.replace(self.folder / "curves.tmp.png", self.folder / "curves.png")
 
     # -- where reports go ---------------------------------------------------------------------------------------------
 
@@ -187,8 +231,7 @@ class RunLog:
         }
         line = {"kind": kind, "epoch": epoch, **values}
         self.lines.append(line)
-        with open(self.folder / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        append_whole(self.folder / "metrics.jsonl", json.dumps(line, allow_nan=False))
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
         self.accelerator.log(numbers, step=epoch)
 
@@ -211,24 +254,25 @@ class RunLog:
             return
         picture = sample_picture({label: row[:shown] / 255 for label, row in rows.items()}, notes, captions)
         file = self.folder / "samples" / f"{kind}_{epoch:04d}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file)
+        with whole(file) as partial:
+            picture.save(partial)
         for tracker in self.accelerator.trackers:
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch, **layout)
 
-    def _before_and_after(self, epochs_done):
-        """samples/before_after_<epochs>.png: validation prompts, painted and re-rendered, before and after."""
-        validations = {"before": self._validations()[0], "after": self._validations()[-1]}
-        rows = {
-            f"{label}, {when}": images
-            for when, folder in validations.items()
-            for label, images in labelled(self._first_validation_images(folder)).items()
-        }
-        before, after = (json.loads((folder / "scores.json").read_text()) for folder in validations.values())
-        rewards = zip(before["rewards"], after["rewards"], strict=True)
-        notes = [f"reward {a:.3f} before, {b:.3f} after" for a, b in rewards]
-        self._picture("before_after", epochs_done, rows, notes, before["prompts"])
+    def _before_and_after(self, first, last):
+        """samples/before_after_<epochs>.png: validation prompts, painted and re-rendered, at two validations.
+
+        first, last: their lines of the metrics."""
+        folders = {"before": self._validation(first["epoch"]), "after": self._validation(last["epoch"])}
+        images = {when: labelled(self._first_validation_images(folder)) for when, folder in folders.items()}
+        if not all(images.values()):  # not wanted, or removed by somebody, which was said
+            return
+        rows = {f"{label}, {when}": row for when, of_time in images.items() for label, row in of_time.items()}
+        rewards = zip(first["rewards"], last["rewards"], strict=True)
+        notes = [f"reward {_short(before)} before, {_short(after)} after" for before, after in rewards]
+        prompts = json.loads((folders["after"] / "scores.json").read_text())["prompts"]
+        self._picture("before_after", last["epoch"], rows, notes, prompts)
 
     def _validation(self, epochs_done):
         return self.folder / "validation" / f"epoch_{epochs_done:04d}"
@@ -262,6 +306,15 @@ def summary(scores: dict[str, np.ndarray]) -> dict[str, float]:
 def standard_error(values: np.ndarray) -> float:
     """Standard error of the mean of values (N,); 0 for a single one, which has none."""
     return float(sem(values)) if len(values) > 1 else 0.0
+
+
+def numbers_or_none(values: np.ndarray) -> list[float | None]:
+    """Values (N,) for JSON, which has neither NaN nor infinity."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _short(reward):
+    return "not a number" if reward is None else f"{reward:.3f}"
 
 
 def _reward_notes(rewards):

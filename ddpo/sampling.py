@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from ddpo.bad_samples import is_finite
 from ddpo.pictures import to_bytes
 from ddpo.steps import draw_reference_steps, draw_trained_steps
 from diffusers_patch.policy import MultiViewPolicy
@@ -36,12 +37,13 @@ class Samples:
     images: dict[
         str, torch.Tensor
     ]  # of the first n samples: "views" and "renders" (n, V, 3, S, S) uint8 in host memory
-    reward: torch.Tensor  # (N,)
+    reward: torch.Tensor  # (N,), NaN where anything of a sample is not finite
     foreground: torch.Tensor  # (N, V) share of each view that is foreground
     empty: torch.Tensor  # (N, V) bool
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
     gradients: torch.Tensor | None = None  # (N, P) of each sample, see `rollout`, in host memory
+    bad_views: dict[int, torch.Tensor] = field(default_factory=dict)  # views (V, 3, S, S) of those with a NaN reward
 
     def scores(self) -> dict[str, torch.Tensor]:
         """reward (N,), foreground (N, V), empty (N, V), and kl (N,) if it is known."""
@@ -60,21 +62,25 @@ def collect_samples(
     show_progress: bool = False,
     step_generator: torch.Generator | None = None,
     backward: Callable | None = None,
+    before_batch: Callable[[], None] | None = None,
 ) -> Samples:
     """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
 
-    keep_images: of how many samples, the first ones, the views and renders are kept. The trajectories wait for the
-    update in host memory: an epoch of them can be larger than a GPU.
+    keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called
+    before each batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
     None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
     """
-    trajectories, gradients, results, images, seconds = [], [], [], [], {"sampling": 0.0, "reward": 0.0}
+    trajectories, gradients, results, images = [], [], [], []
+    bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}
     size = config.train.batch_size if backward else config.sample.batch_size
     suffix, learning = config.sample.prompt_suffix, {}
     policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
     bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
     for first in range(0, len(prompts), size):
         batch = slice(first, first + size)
+        if before_batch is not None:
+            before_batch()
         bar.set_description("sampling")
         start = time.perf_counter()
         if backward:
@@ -94,7 +100,9 @@ def collect_samples(
         )
         bar.set_description("reward")
         middle = time.perf_counter()
-        result = reward_fn(trajectory.views, prompts[batch])
+        result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])
+        good = is_finite(trajectory, result.reward)
+        bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:
             kept = {"views": trajectory.views, "renders": result.renders}
             kept = {name: value[: keep_images - first] for name, value in kept.items() if value is not None}
@@ -102,7 +110,7 @@ def collect_samples(
         if backward:
             gradients.append(trajectory.gradients.cpu())
         trajectories.append(replace(trajectory, views=None, gradients=None).to("cpu"))
-        results.append(replace(result, renders=None))
+        results.append(replace(result, reward=result.reward.masked_fill(~good, torch.nan), renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
         bar.update(len(trajectory))
@@ -121,6 +129,7 @@ def collect_samples(
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
         gradients=torch.cat(gradients) if gradients else None,
+        bad_views=bad_views,
     )
 
 

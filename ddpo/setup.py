@@ -14,6 +14,15 @@ from ml_collections import ConfigDict
 from diffusers_patch.policy import MultiViewPolicy
 
 
+def set_arithmetic(config: ConfigDict) -> None:
+    """TF32 and determinism of this process, before anything is computed."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True)
+
+
 def start_accelerator(config: ConfigDict) -> Accelerator:
     """The Accelerator of this run: processes, device, loss scaling, tracker."""
     if config.tracker == "wandb" and not has_wandb_account():

@@ -28,7 +28,7 @@ def update(
     """All updates of an epoch on this process's N samples; returns one dict of statistics per optimizer step.
 
     Gradients are summed over micro-batches and timesteps (each loss divided by their number), averaged over processes
-    once per optimizer step, clipped, and applied.
+    once per optimizer step, clipped, and applied, unless they are not finite: "step_skipped" in the statistics.
 
     trajectory: what was sampled, in host memory, from where micro-batches are moved to the GPU. advantages: (N,) on the
     CPU. generator: of the shuffling. after_step: called after each optimizer step that was not skipped, returns more
@@ -80,14 +80,15 @@ def update_from_gradients(
 
 
 def optimizer_step(parameters, optimizer, accelerator, config, after_step) -> dict:
-    """Clip the gradients, apply them unless the loss scaler found an overflow, and say what happened."""
+    """Clip the gradients, apply them unless they are not finite, and say what happened."""
     grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
-    optimizer.step()
+    finite, rate = bool(torch.isfinite(grad_norm)), optimizer.param_groups[0]["lr"]
+    if finite or getattr(optimizer, "scaler", None):  # a loss scaler looks for itself, and learns from it
+        optimizer.step()
     optimizer.zero_grad()
-    if getattr(optimizer, "step_was_skipped", False):  # by the loss scaler: a gradient overflowed in float16
-        return {"grad_norm": float(grad_norm), "step_skipped": True}
-    more = after_step() if after_step is not None else {}
-    return {"grad_norm": float(grad_norm), "step_skipped": False, **more}
+    skipped = not finite or getattr(optimizer, "step_was_skipped", False)
+    numbers = {"grad_norm": float(grad_norm), "learning_rate": rate, "step_skipped": skipped}
+    return numbers if skipped or after_step is None else {**numbers, **after_step()}
 
 
 def shuffled_micro_batches(

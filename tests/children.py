@@ -1,11 +1,13 @@
 """Whole trainings in processes of their own, which a test may kill. They fork from a server that has imported
 everything once, because the imports take longer than the trainings."""
 
-import importlib
+import errno
 import multiprocessing
 import os
+import pkgutil
 import runpy
 import signal
+import socket
 import sys
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -59,19 +61,64 @@ def module(name, arguments, log, environment):
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
-def train_and_die(values, target, call):
-    """`train`, killed by SIGKILL (nothing can be tidied up) when the function `target`, "module.name", is called for
-    the `call`-th time."""
+def recorded(file, function, *args):
+    """`function(*args)`, with what the process prints in a file."""
+    with open(file, "w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    function(*args)
+
+
+def train_until(values, target, call, happens, environment=None):
+    """`train`, where `happens()` is called with the `call`-th call of the function `target`, "module.name"."""
     module, _, name = target.rpartition(".")
-    module = importlib.import_module(module)
+    module = pkgutil.resolve_name(module)
     function = getattr(module, name)
     calls = []
 
-    def deadly(*args, **kwargs):
+    def eventful(*args, **kwargs):
         calls.append(None)
         if len(calls) == call:
-            os.kill(os.getpid(), signal.SIGKILL)
+            happens()
         return function(*args, **kwargs)
 
-    setattr(module, name, deadly)
-    train(values)
+    setattr(module, name, eventful)
+    train(values, environment)
+
+
+def die():
+    """Nothing can be tidied up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def fill_disk():
+    """What Python says when a disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def train_and_die(values, target, call):
+    """`train`, killed when `target` is called for the `call`-th time, see `train_until`."""
+    train_until(values, target, call, die)
+
+
+def start_ranks(function, number, *args):
+    """Start `function(*args, environment)` in `number` processes that work together: the processes."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = str(sock.getsockname()[1])
+    group = {
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+    }
+    ranks = [{**group, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(number)]
+    return [start(function, *args, rank) for rank in ranks]

@@ -1,5 +1,5 @@
-"""Lets tests import the rooms of the repository from anywhere, keeps arithmetic reproducible (one thread), and skips
-what this machine cannot run."""
+"""Lets tests import the rooms of the repository from anywhere, keeps arithmetic reproducible (one thread), skips what
+this machine cannot run, and trains once for all."""
 
 import shutil
 import sys
@@ -30,3 +30,22 @@ def pytest_collection_modifyitems(items):
         for marker in item.iter_markers():
             if marker.name in reasons:
                 item.add_marker(pytest.mark.skip(reason=reasons[marker.name]))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The small models and prompts of `tests.tiny_models`."""
+    from tests.tiny_models import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def whole_run(world, tmp_path_factory):
+    """The folder of a run in that world that nobody disturbed. Not to be changed."""
+    from tests import children
+    from tests.tiny_models import settings
+
+    logdir = tmp_path_factory.mktemp("whole")
+    assert children.run(children.train, settings(world, logdir)) == 0
+    return logdir / "run"

@@ -2,12 +2,9 @@
 
 import os
 import shutil
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from ml_collections import ConfigDict
 
 import ddpo.checkpoint
 from ddpo.checkpoint import (
@@ -16,10 +13,8 @@ from ddpo.checkpoint import (
     damage,
     find_checkpoint,
     load_checkpoint,
-    remove_later,
     save_checkpoint,
 )
-from ddpo.run_log import RunLog
 
 
 def make_optimizer():
@@ -118,25 +113,3 @@ def test_nothing_to_resume_from_is_said(tmp_path):
     (tmp_path / "checkpoint_0000" / "run.json").unlink()
     with pytest.raises(DamagedCheckpoint, match="every checkpoint"):
         find_checkpoint(tmp_path, previous_if_damaged=True)
-
-
-def test_resuming_from_an_older_one_removes_the_newer(tmp_path):
-    for epochs_done in range(4):
-        save(tmp_path, epochs_done)
-    remove_later(tmp_path / "checkpoint_0001")
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint_0000", "checkpoint_0001"]
-    assert find_checkpoint(tmp_path).name == "checkpoint_0001"
-
-
-def test_resuming_from_an_older_one_drops_later_metrics_and_validations(tmp_path):
-    main_process = SimpleNamespace(is_main_process=True, trackers=[], log=lambda numbers, step: None, print=print)
-    config = ConfigDict({"sample": {"save_images": 0}})
-    log = RunLog(tmp_path, main_process, config)
-    for epoch in (0, 2, 4):
-        scores = {"reward": np.full(2, -epoch / 10), "foreground": np.ones((2, 4)), "empty": np.zeros((2, 4))}
-        log.validation_images(epoch, [0, 1], {"views": torch.zeros(2, 4, 3, 8, 8, dtype=torch.uint8)})
-        log.validation(epoch, scores, ["a cube", "a cone"])
-    log = RunLog(tmp_path, main_process, config)
-    log.resume(epochs_done=2)
-    assert [line["epoch"] for line in log.lines] == [0]
-    assert [file.name for file in (tmp_path / "validation").iterdir()] == ["epoch_0000"]

@@ -50,7 +50,8 @@ from safetensors.torch import load_file
 
 from config import cli
 from config.validate import ANY_CAMERAS, CHOICES, flatten, validate
-from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table, write_whole
+from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table
+from ddpo.files import write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
