@@ -12,7 +12,6 @@ turn rewards and KL into advantages, update the LoRA. The first epoch only fills
 """
 
 import os
-import sys
 import time
 from functools import partial
 
@@ -26,6 +25,7 @@ from config.validate import validate
 from ddpo.advantages import compute_advantages
 from ddpo.calibration import StepCalibration, check_clip_range
 from ddpo.checkpoint import check_validation_prompts, find_checkpoint, load_run, new_run_folder, save_run
+from ddpo.report import write_report
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
     NOISE,
@@ -39,8 +39,9 @@ from ddpo.sampling import (
     local_slice,
     make_generator,
 )
-from ddpo.setup import make_optimizer, start_accelerator, start_tracker
+from ddpo.setup import make_optimizer, start_accelerator
 from ddpo.stat_tracking import make_trackers
+from ddpo.tracking import start_tracker
 from ddpo.update import update
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from mrc.rewards import load_reward
@@ -75,7 +76,7 @@ class Run:
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.trackers = make_trackers(config)
         self.score_reference = config.kl_penalty or config.log_kl
-        self.show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
+        self.show_progress = accelerator.is_local_main_process
         switches = {"score_reference": self.score_reference, "show_progress": self.show_progress}
         self.collect_samples = partial(collect_samples, self.policy, self.reward_fn, config=config, **switches)
         self.epochs_done, self.kl = 0, 0.0  # kl: mean over the last epoch
@@ -187,6 +188,8 @@ class Run:
         if self.epochs_done < self.config.num_epochs:
             self.log.say(f"stopped: the mean KL {self.kl:.2e} has reached config.stop_kl = {self.config.stop_kl:.2e}")
         self.log.final(self.epochs_done)
+        if self.config.report and self.accelerator.is_main_process:
+            self.log.report(write_report([self.folder], device=self.accelerator.device))
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
 

@@ -9,9 +9,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from ddpo.pictures import to_bytes
+from ddpo.progress import Progress
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
 from prompts.dataset import PromptDataset
@@ -38,13 +38,15 @@ class Samples:
     reward: torch.Tensor  # (N,)
     foreground: torch.Tensor  # (N, V) share of each view that is foreground
     empty: torch.Tensor  # (N, V) bool
+    lpips: torch.Tensor | None  # (N, V) distance of each view from its render; NaN where it was compared with nothing
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """reward (N,), foreground (N, V), empty (N, V), and kl (N,) if it is known."""
+        """reward (N,), foreground (N, V), empty (N, V), and, where they are known, lpips (N, V) and kl (N,)."""
         scores = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty}
-        return scores if self.kl is None else {**scores, "kl": self.kl}
+        further = {"lpips": self.lpips, "kl": self.kl}
+        return scores | {name: value for name, value in further.items() if value is not None}
 
 
 def collect_samples(
@@ -64,10 +66,10 @@ def collect_samples(
     """
     trajectories, results, images, seconds = [], [], [], {"sampling": 0.0, "reward": 0.0}
     size, suffix = config.sample.batch_size, config.sample.prompt_suffix
-    bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
+    progress = Progress("sampling", len(prompts), show=show_progress)
     for first in range(0, len(prompts), size):
         batch = slice(first, first + size)
-        bar.set_description("sampling")
+        progress.now("sampling")
         start = time.perf_counter()
         trajectory = rollout(
             policy,
@@ -77,9 +79,9 @@ def collect_samples(
             config.sample.eta,
             generators[batch],
             score_reference=score_reference,
-            show_progress=show_progress,
+            show_progress=progress.on_terminal,
         )
-        bar.set_description("reward")
+        progress.now("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views, prompts[batch])
         if first < keep_images:
@@ -90,8 +92,8 @@ def collect_samples(
         results.append(replace(result, renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
-        bar.update(len(trajectory))
-    bar.close()
+        progress.update(len(trajectory))
+    progress.close()
 
     def cat(name):
         return torch.cat([getattr(result, name) for result in results])
@@ -103,6 +105,7 @@ def collect_samples(
         reward=cat("reward").float(),
         foreground=cat("foreground"),
         empty=cat("empty"),
+        lpips=None if results[0].lpips is None else cat("lpips"),
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
     )

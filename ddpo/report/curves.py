@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup, escape
 from matplotlib.ticker import MaxNLocator
 
@@ -14,7 +15,7 @@ WIDTH, HEIGHT = 440, 230  # of a figure, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 62, 12, 12, 34  # margins that hold ticks and labels
 STYLES = 4  # of lines, see report.css; further runs repeat them
 ERRORS = {"reward_mean": "reward_standard_error"}  # of validations: what is drawn -> its standard error
-FIGURES = {**CURVES, "learning rate": ("epoch", "learning_rate")}  # title -> (kind of line, key)
+FIGURES = {**CURVES, "learning rate": (None, "learning_rate")}  # title -> (kind of line or None for any, key)
 
 
 @dataclass
@@ -46,20 +47,25 @@ def figures(runs: Sequence[Run]) -> list[Figure]:
     found = []
     for title, (kind, key) in FIGURES.items():
         error = ERRORS.get(key) if kind == "validation" else None
-        points = [_points(run.of_kind(kind), key, error) for run in runs]
+        lines = [run.of_kind(kind) if kind else [line for line in run.lines if key in line] for run in runs]
+        points = [_points(some, key, error) for some in lines]
         found.append(_figure(title, "epochs done" if kind == "validation" else "epoch", runs, points))
     for name in dict.fromkeys(name for run in runs for v in run.validations for name in v.judges):
         points = [
             [(v.epochs_done, *mean_and_error(v.judges[name])) for v in run.validations if name in v.judges]
             for run in runs
         ]
+        points = [[point for point in some if math.isfinite(point[1])] for some in points]
         found.append(_figure(f"judge: {name}", "epochs done", runs, points))
     return found
 
 
 def mean_and_error(values) -> tuple[float, float]:
-    """Mean of values (N,) and its standard error, 0 for a single one."""
+    """Mean of values (N,) and its standard error, 0 for a single one; NaN does not count."""
+    values = values[np.isfinite(values)]
     count = len(values)
+    if not count:
+        return math.nan, 0.0
     return float(values.mean()), float(values.std(ddof=1) / math.sqrt(count)) if count > 1 else 0.0
 
 
@@ -94,9 +100,8 @@ def draw(title: str, x_label: str, curves: Sequence[Curve]) -> Markup:
         parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(value, y_ticks)}</text>')
     for value in x_ticks:
-        parts.append(
-            f'<text x="{x_at(value):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_tick(value, x_ticks)}</text>'
-        )
+        x, y = f"{x_at(value):.1f}", HEIGHT - BOTTOM + 16
+        parts.append(f'<text x="{x}" y="{y}" text-anchor="middle">{_tick(value, x_ticks)}</text>')
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_label)}</text>')
     for curve in curves:
@@ -105,8 +110,8 @@ def draw(title: str, x_label: str, curves: Sequence[Curve]) -> Markup:
         for x, y, error in curve.points:
             a, b = x_at(x), y_at(y)
             if error:
-                low, high = y_at(y - error), y_at(y + error)
-                parts.append(f'<path d="M{a:.1f} {low:.1f}V{high:.1f}M{a - 3:.1f} {low:.1f}h6M{a - 3:.1f} {high:.1f}h6"/>')
+                low, high = (f"{y_at(y + sign * error):.1f}" for sign in (-1, 1))
+                parts.append(f'<path d="M{a:.1f} {low}V{high}M{a - 3:.1f} {low}h6M{a - 3:.1f} {high}h6"/>')
             label = f"{curve.run}, {x_label} {x:g}: {_cell(y, error)}"
             parts.append(
                 f'<path class="point" data-run="{escape(curve.run)}" data-x="{x:g}" data-y="{y!r}" data-at="{a:.1f}" '
@@ -129,10 +134,10 @@ def _marker(style, x, y, r=3.5):
 
 def _ticks(values, whole=False):
     low, high = min(values), max(values)
-    if low == high:  # a flat line in the middle
-        room = abs(low) / 10 or 1.0
-        low, high = (low, low + 1) if whole else (low - room, high + room)
-    return [float(tick) for tick in MaxNLocator(nbins=5, integer=whole).tick_values(low, high)]
+    if low == high:  # zero at the bottom, and another flat line in the middle
+        room = 1.0 if whole or not low else abs(low) / 10
+        low, high = (low, low + room) if whole or not low else (low - room, high + room)
+    return [float(tick) for tick in MaxNLocator(nbins=5, steps=[1, 2, 5, 10], integer=whole).tick_values(low, high)]
 
 
 def _scale(ticks, start, end):

@@ -55,6 +55,10 @@ class Card:
     def after(self) -> float:
         return list(self.rewards.values())[-1]
 
+    @property
+    def gain(self) -> float:
+        return self.after - self.before
+
 
 def write_report(
     folders: Sequence[str | Path],
@@ -87,11 +91,12 @@ def write_report(
         judges=list(dict.fromkeys(name for change in found.values() for name in change if name != "reward")),
         headline=summary.headline(first, found[first.name]),
         agreement=summary.agreement(found[first.name]),
+        controls=summary.controls(runs, found),
         facts=summary.facts(first),
         problems=problems,
         figures=figures(runs),
         cards=cards,
-        times=[validation.epochs_done for validation in first.validations],
+        times=[validation.epochs_done for validation in first.comparable],
         strips=STRIPS,
         scenes=scenes,
         cameras=cameras,
@@ -121,7 +126,7 @@ def gallery(run: Run, others: Sequence[Run]) -> list[Card]:
     """One card for every validation caption, in the order of the file."""
     if not run.validations:
         return []
-    same = [v for v in run.validations if v.prompts == run.validations[0].prompts]
+    same = run.comparable
     first, last = same[0], same[-1]
     pictures = {v.epochs_done: {index: _picture(run, file) for index, file in v.pictures.items()} for v in same}
     comparable = {o.name: o for o in others if o.validations and o.validations[0].prompts == first.prompts}
@@ -144,14 +149,14 @@ def gallery(run: Run, others: Sequence[Run]) -> list[Card]:
 
 
 def _first_and_last(run: Run, index: int) -> tuple[float, float]:
-    return float(run.validations[0].rewards[index]), float(run.validations[-1].rewards[index])
+    return float(run.comparable[0].rewards[index]), float(run.comparable[-1].rewards[index])
 
 
 def objects(run: Run, device: str | torch.device) -> tuple[dict[int, tuple[Scene, ...]], list[dict]]:
     """{index of the caption: its objects before and after}, as many captions as SCENE_BYTES allow, and the cameras.
 
     What cannot be reconstructed becomes a problem of the run."""
-    first, last = run.validations[0], run.validations[-1]
+    first, last = run.comparable[0], run.comparable[-1]
     indices = sorted(first.pictures.keys() & last.pictures.keys())
     try:
         config = resolve(ConfigDict(run.config), 1).recon
@@ -180,9 +185,7 @@ def _camera_angles(cameras: Cameras) -> list[dict]:
     """What a viewer needs to stand where a camera stands: degrees and world units, as JSON values."""
     radius = cameras.c2w[:, :3, 3].norm(dim=-1)
     columns = {"azimuth": cameras.azimuth, "elevation": cameras.elevation, "distance": radius, "fov": cameras.fov}
-    return [
-        {name: round(float(values[i]), 3) for name, values in columns.items()} for i in range(len(cameras))
-    ]
+    return [{name: round(float(values[i]), 3) for name, values in columns.items()} for i in range(len(cameras))]
 
 
 def packed(data: bytes) -> str:
@@ -212,9 +215,8 @@ def _picture(run, file):
 
 
 def _template(name):
-    environment = Environment(
-        loader=FileSystemLoader(HERE / "page"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    tidy = {"trim_blocks": True, "lstrip_blocks": True, "undefined": StrictUndefined}
+    environment = Environment(loader=FileSystemLoader(HERE / "page"), autoescape=True, **tidy)
     environment.filters["packed"] = lambda data: Markup(packed(data))
     return environment.get_template(name)
 

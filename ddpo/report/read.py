@@ -13,8 +13,9 @@ OWN = ("prompts", "rewards", "lpips", "lower_is_better")  # of scores.json; any 
 class Validation:
     """One validation/epoch_XXXX/ of N captions.
 
-    rewards: (N,). views: (N, V) MRC of every view, None where it was not recorded. judges: {name: (N,)}, all turned so
-    that higher is better. pictures: {index of the caption: its file}."""
+    rewards: (N,), NaN for a sample that has none. views: (N, V) LPIPS between every view and its render, None where it
+    was not recorded. judges: {name: (N,)}, all turned so that higher is better. pictures: {index of the caption: its
+    file}."""
 
     epochs_done: int
     prompts: list[str]
@@ -27,7 +28,7 @@ class Validation:
 @dataclass
 class Run:
     """What a run's folder holds. config: nested dicts; lines: of metrics.jsonl; environment: see
-    `ddpo.report.environment`; problems: sentences."""
+    `ddpo.setup.environment`; problems: sentences."""
 
     folder: Path
     config: dict = field(default_factory=dict)
@@ -45,6 +46,11 @@ class Run:
         """Whether nothing could be learned from its advantages."""
         return bool(self.config.get("shuffle_advantages"))
 
+    @property
+    def comparable(self) -> list[Validation]:
+        """The validations on the captions of the first one."""
+        return [one for one in self.validations if one.prompts == self.validations[0].prompts]
+
     def of_kind(self, kind: str) -> list[dict]:
         """The lines of metrics.jsonl of one kind: "epoch", "update" or "validation"."""
         return [line for line in self.lines if line["kind"] == kind]
@@ -60,14 +66,17 @@ def read_run(folder: str | Path) -> Run:
             f"{run.folder} holds neither config.json nor metrics.jsonl, so it is not the folder of a run: give logs/RUN"
         )
     run.config = _read_json(run, "config.json") or {}
-    run.environment = _read_json(run, "environment.json") or {}
+    if (run.folder / "environment.json").exists():
+        run.environment = _read_json(run, "environment.json") or {}
     run.lines = _read_lines(run)
     for path in sorted((run.folder / "validation").glob("epoch_*")):
         validation = _read_validation(run, path)
         if validation:
             run.validations.append(validation)
     if not run.validations:
-        run.problems.append(f"{run.folder / 'validation'} holds no validation, so there are no pictures and no objects.")
+        run.problems.append(
+            f"{run.folder / 'validation'} holds no validation, so there are no pictures and no objects."
+        )
     return run
 
 
@@ -107,14 +116,16 @@ def _read_validation(run, folder):
     try:
         scores = json.loads((folder / "scores.json").read_text())
         prompts, rewards = scores["prompts"], np.array(scores["rewards"], dtype=float)
-        if not prompts or rewards.shape != (len(prompts),) or not np.isfinite(rewards).all():
+        if not prompts or rewards.shape != (len(prompts),):
             raise ValueError(f"{len(prompts)} captions and rewards of shape {rewards.shape}")
         epochs_done = int(folder.name.removeprefix("epoch_"))
         views = np.array(scores["lpips"], dtype=float) if scores.get("lpips") else None
         if views is not None and (views.ndim != 2 or len(views) != len(prompts)):
             raise ValueError(f"lpips of shape {views.shape}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        run.problems.append(f"{folder / 'scores.json'} is missing or damaged, so this validation is left out ({error}).")
+        run.problems.append(
+            f"{folder / 'scores.json'} is missing or damaged, so this validation is left out ({error})."
+        )
         return None
     lower = scores.get("lower_is_better", ())
     judges = {
@@ -130,4 +141,8 @@ def _read_validation(run, folder):
 
 
 def _is_column(values, count):
-    return isinstance(values, list) and len(values) == count and all(isinstance(x, (int, float)) for x in values)
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(x, (int, float, type(None))) for x in values)
+    )

@@ -1,14 +1,10 @@
 """What the first screen of a report says, and what makes a run repeatable: numbers, sentences, commands."""
 
-import importlib.metadata
-import os
-import platform
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from ml_collections import ConfigDict
 
 from config import base, dgx, tiny
@@ -28,14 +24,14 @@ STARTS = {  # what a command may build on
     "config/dgx.py:mvdream_lgm": dgx.mvdream_lgm,
 }
 OF_A_FOLDER = ("run_name", "logdir", "resume_from", "report")  # keys that say where a run goes, not what it is
-PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate")
+REWARDS = {"mrc": "MRC: minus the mean LPIPS between painted and re-rendered views, 0 would be perfect"}
 
 
 @dataclass
 class Change:
-    """A quantity of N captions before and after, painted with the same noise, as means with standard errors.
+    """A quantity before and after, painted with the same noise, as means over captions with standard errors.
 
-    p: of the paired t-test over captions, None for one caption."""
+    Captions without a number before or after do not count. p: of the paired t-test, None for one caption."""
 
     before: float
     before_se: float
@@ -46,6 +42,8 @@ class Change:
     @classmethod
     def between(cls, before: Sequence[float], after: Sequence[float]) -> "Change":
         a, b = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+        both = np.isfinite(a) & np.isfinite(b)
+        a, b = a[both], b[both]
         return cls(*mean_and_error(a), *mean_and_error(b), paired_p_value(b, a) if len(a) > 1 else None)
 
     @property
@@ -59,7 +57,7 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """"rose", "fell", or "did not measurably change"."""
+        """ "rose", "fell", or "did not measurably change"."""
         if self.p is None or self.p >= SIGNIFICANT:
             return "did not measurably change"
         return "rose" if self.difference > 0 else "fell"
@@ -76,13 +74,9 @@ def changes(run: Run) -> dict[str, Change]:
     found = {}
     if len(lines) > 1 and len(lines[0]["rewards"]) == len(lines[-1]["rewards"]):
         found["reward"] = Change.between(lines[0]["rewards"], lines[-1]["rewards"])
-    if len(run.validations) > 1:
-        first, last = run.validations[0], run.validations[-1]
-        if first.prompts == last.prompts:
-            found |= {
-                name: Change.between(first.judges[name], last.judges[name])
-                for name in first.judges.keys() & last.judges.keys()
-            }
+    if len(run.comparable) > 1:
+        first, last = run.comparable[0].judges, run.comparable[-1].judges
+        found |= {name: Change.between(first[name], last[name]) for name in first if name in last}
     return found
 
 
@@ -97,6 +91,19 @@ def headline(run: Run, found: dict[str, Change]) -> str:
         what += " with shuffled advantages (a control: nothing can be learned from them)"
     reward = found["reward"]
     return f"After {what} the {_reward_name(run)} of {count} validation captions {reward.verdict}: {reward}."
+
+
+def controls(runs: Sequence[Run], found: dict[str, dict[str, Change]]) -> str:
+    """What the controls among several runs did, in a sentence each, or how to get one."""
+    sentences = [
+        f"The control {run.name}, whose advantages were shuffled, {found[run.name]['reward'].verdict}: "
+        f"{found[run.name]['reward']}."
+        for run in runs
+        if run.is_control and "reward" in found[run.name]
+    ]
+    return " ".join(sentences) or (
+        "What chance and drift do is not shown: name a run with config.shuffle_advantages = True beside this one."
+    )
 
 
 def agreement(found: dict[str, Change]) -> str:
@@ -118,7 +125,7 @@ def agreement(found: dict[str, Change]) -> str:
 
 
 def _reward_name(run):
-    return {"mrc": "MRC reward"}.get(run.config.get("reward_fn", "mrc"), run.config.get("reward_fn"))
+    return "MRC reward" if run.config.get("reward_fn", "mrc") == "mrc" else "reward"
 
 
 def _and(words):
@@ -135,7 +142,7 @@ def facts(run: Run) -> dict[str, str]:
     numbers = f"{config['prompts.num_train']} of " if config["prompts.num_train"] else ""
     found = {
         "painter": f"{config['painter.name']}, {config['pretrained.model']}{lora}",
-        "reward": _reward_name(run),
+        "reward": REWARDS.get(config["reward_fn"], config["reward_fn"]),
         "reconstructor": f"{config['recon.name']}, {config['recon.checkpoint']}",
         "training captions": numbers + config["prompts.train_file"],
         "validation captions": config["prompts.val_file"],
@@ -185,7 +192,14 @@ def commands(run: Run) -> dict[str, str]:
         ((name, differences(config, start())) for name, start in STARTS.items()), key=lambda item: len(item[1])
     )
     flags = [_flag(key, value) for key, value in changed.items() if key not in OF_A_FOLDER]
-    parts = [f"CARVE3D_PROCESSES={processes(config)}", "bash", "carve3d_train.sh", "--config", shlex.quote(name), *flags]
+    parts = [
+        f"CARVE3D_PROCESSES={processes(config)}",
+        "bash",
+        "carve3d_train.sh",
+        "--config",
+        shlex.quote(name),
+        *flags,
+    ]
     repeat = " ".join(parts)
     return {"repeat": repeat, "resume": f"{repeat} {_flag('resume_from', str(run.folder))}"}
 
@@ -194,16 +208,3 @@ def _flag(key, value):
     if value is None:
         return f"--config.{key}.buffer_size=0"
     return f"--config.{key}={shlex.quote(str(value))}"
-
-
-def environment(num_processes: int) -> dict[str, str]:
-    """The versions and the machine that a run needs to be repeated bit by bit: {name: words}."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in PACKAGES},
-        "system": platform.platform(),
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
-        "gpu": gpu,
-        "processes": str(num_processes),
-    }

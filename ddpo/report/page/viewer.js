@@ -7,6 +7,15 @@ async function unpack(id) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
+// Chromium starts no module worker from a blob in a page that was opened as a file. Told so at once, gsplat starts its
+// workers from data: addresses.
+globalThis.Worker = class extends Worker {
+  constructor(address, options) {
+    if (String(address).startsWith("blob:") && options?.type === "module") throw new TypeError("no module workers from blobs");
+    super(address, options);
+  }
+};
+
 const libraries = {};
 
 function library(kind) {
@@ -62,6 +71,7 @@ class SplatView {
     pane.append(canvas);
     this.gsplat = gsplat;
     this.camera = new gsplat.Camera();
+    this.camera.data.near = 0.7; // gsplat leaves out what is nearer than half of it: the pyramid that one looks out of
     this.scene = new gsplat.Scene();
     this.scene.addObject(new gsplat.Splat(gsplat.SplatData.Deserialize(bytes)));
     this.renderer = new gsplat.WebGLRenderer(canvas, []);
@@ -156,7 +166,7 @@ async function show(holder, scenes, cameras) {
       pane.append(Object.assign(document.createElement("p"), { textContent: `This browser cannot show the object: ${error.message ?? "no WebGL"}` }));
     }
   }
-  const far = { azimuth: cameras[0].azimuth + 25, elevation: 30, distance: 2.4 * cameras[0].distance, fov: 40 };
+  const far = { azimuth: cameras[0].azimuth + 25, elevation: 30, distance: 2.1 * cameras[0].distance, fov: 42 };
   const places = [["From afar", far], ...cameras.map((camera, i) => [`Camera ${i + 1}`, camera])];
   for (const [name, orbit] of places) {
     const button = Object.assign(document.createElement("button"), { type: "button", textContent: name });
