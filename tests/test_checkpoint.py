@@ -129,7 +129,7 @@ def test_resuming_from_an_older_one_removes_the_newer(tmp_path):
 
 
 def test_resuming_from_an_older_one_drops_later_metrics_and_validations(tmp_path):
-    main_process = SimpleNamespace(is_main_process=True, trackers=[], log=lambda numbers, step: None, print=print)
+    main_process = SimpleNamespace(is_main_process=True, trackers=[], num_processes=1, print=print)
     config = ConfigDict({"sample": {"save_images": 0}})
     log = RunLog(tmp_path, main_process, config)
     for epoch in (0, 2, 4):

@@ -114,6 +114,7 @@ def test_the_command_takes_every_reconstructor(name, pictures, tmp_path, monkeyp
 
 def test_a_scene_of_gaussians_is_written_as_it_is(tmp_path):
     scene = Gaussians.from_packed(torch.rand(1, 5, 14))
-    save_scene(None, scene, tmp_path / "scene.ply")
+    shown = save_scene(SimpleNamespace(cameras=instant3d_cameras()), scene, tmp_path)
+    assert shown.kind == "splat" and len(shown.data) > 5 * 32
     header = (tmp_path / "scene.ply").read_bytes().partition(b"end_header")[0]
     assert b"element vertex 5" in header and b"f_dc_0" in header

@@ -40,7 +40,7 @@ def world(tmp_path_factory):
 def whole_run(world, tmp_path_factory):
     """The folder of a run that nobody disturbed."""
     logdir = tmp_path_factory.mktemp("whole")
-    assert children.run(children.train, settings(world, logdir)) == 0
+    assert children.run(children.train, settings(world, logdir, report=True)) == 0
     return logdir / "run"
 
 
@@ -78,9 +78,11 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
         "checkpoint_0003",
         "config.json",
         "curves.png",
+        "environment.json",
         "final",
         "lora",
         "metrics.jsonl",
+        "report.html",
         "samples",
         "validation",
     ]
@@ -106,6 +108,9 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
     assert images["views"].shape == images["renders"].shape == (4, 3, 4 * LATENT, 4 * LATENT)
     scores = json.loads((validation / "scores.json").read_text())
     assert scores["rewards"] == metrics(whole_run, "validation")[-1]["rewards"] and len(scores["prompts"]) == 3
+    assert np.allclose(-np.mean(scores["lpips"], axis=1), scores["rewards"], atol=1e-6)
+    assert len(json.loads((whole_run / "environment.json").read_text())) > 8
+    assert "of 3 validation captions" in (whole_run / "report.html").read_text()
     assert same_files(whole_run / "final", whole_run / "lora/epoch_0003", LORA)
 
 
