@@ -168,7 +168,7 @@ def test_the_first_screen_says_whether_judges_agree(tmp_path, views):
     for name, (judges, words) in cases.items():
         run = read_run(make_run(tmp_path / name, views, judges=judges))
         assert words in agreement(changes(run)), name
-        assert "of 3 validation captions rose: -0.1833" in headline(run, changes(run))
+        assert "of 3 validation captions rose (+57.8 %, p =" in headline(run, changes(run))
 
 
 def test_a_judge_whose_distance_falls_has_risen(tmp_path, views):
@@ -180,9 +180,9 @@ def test_a_judge_whose_distance_falls_has_risen(tmp_path, views):
 
 def test_a_control_is_called_one(page, run_folder):
     control = read_run(run_folder.parent / "control")
-    assert "a control" in headline(control, changes(control)) and "(control: advantages shuffled)" in page.read_text()
+    assert "a control" in headline(control, changes(control)) and "control (control)" in page.read_text()
     runs = [read_run(run_folder), control]
-    assert "The control control" in controls(runs, {run.name: changes(run) for run in runs})
+    assert "In the control control, whose advantages were shuffled, the reward" in controls(runs, {run.name: changes(run) for run in runs})
     assert "is not shown" in controls(runs[:1], {"learned": changes(runs[0])})
 
 

@@ -57,15 +57,20 @@ class Change:
 
     @property
     def verdict(self) -> str:
-        """ "rose", "fell", or "did not measurably change"."""
+        """One of "rose", "fell" and "did not measurably change"."""
         if self.p is None or self.p >= SIGNIFICANT:
             return "did not measurably change"
         return "rose" if self.difference > 0 else "fell"
 
+    @property
+    def p_value(self) -> str:
+        """As in "5e-07"; empty for one caption."""
+        return "" if self.p is None else f"{self.p:.1g}"
+
     def __str__(self):
-        p = "" if self.p is None else f", p = {self.p:.1g}"
-        relative = f" ({self.relative}{p})" if self.relative or p else ""
-        return f"{self.before:.4f} ± {self.before_se:.4f} → {self.after:.4f} ± {self.after_se:.4f}{relative}"
+        """The relative change and its p value, for the end of a sentence: " (+19.7 %, p = 5e-07)"."""
+        parts = [part for part in (self.relative, self.p_value and f"p = {self.p_value}") if part]
+        return f" ({', '.join(parts)})" if parts else ""
 
 
 def changes(run: Run) -> dict[str, Change]:
@@ -90,14 +95,14 @@ def headline(run: Run, found: dict[str, Change]) -> str:
     if run.is_control:
         what += " with shuffled advantages (a control: nothing can be learned from them)"
     reward = found["reward"]
-    return f"After {what} the {_reward_name(run)} of {count} validation captions {reward.verdict}: {reward}."
+    return f"After {what} the {_reward_name(run)} of {count} validation captions {reward.verdict}{reward}."
 
 
 def controls(runs: Sequence[Run], found: dict[str, dict[str, Change]]) -> str:
     """What the controls among several runs did, in a sentence each, or how to get one."""
     sentences = [
-        f"The control {run.name}, whose advantages were shuffled, {found[run.name]['reward'].verdict}: "
-        f"{found[run.name]['reward']}."
+        f"In the control {run.name}, whose advantages were shuffled, the reward "
+        f"{found[run.name]['reward'].verdict}{found[run.name]['reward']}."
         for run in runs
         if run.is_control and "reward" in found[run.name]
     ]

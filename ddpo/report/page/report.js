@@ -98,6 +98,9 @@ if (dialog) {
       dialog.showModal();
       const scenes = JSON.parse(button.dataset.scenes);
       const remove = await show(dialog, scenes, cameras);
+      // what was painted, over what the object looks like from there, beneath it
+      const pictures = all(".compare img", card);
+      all(".pane", dialog).forEach((pane, i) => pictures[i] && pane.append(pictures[i].cloneNode()));
       close = remove;
       if (!dialog.open) remove();
     });
