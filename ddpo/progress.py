@@ -3,18 +3,20 @@
 import datetime
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from typing import Self
 
 from tqdm import tqdm
 
 SECONDS = 30  # between lines
+WORTH_SAYING = 10  # seconds; with less left there is no line
 
 
 class Progress:
     """Progress of `total` pieces, called `unit`, of the work `what`; show = False shows nothing.
 
     Where standard error is a terminal there is a bar. Where standard output is a file or a pipe there is a line after
-    the first pieces, and then at most one every 30 seconds: "sampling: 32 of 64 samples, 2.7 samples/s, 0:00:12 left".
+    the first pieces, and then at most one every 30 seconds, if the rest takes a while: "sampling: 32 of 64 samples, 2.7 samples/s, 0:00:12 left".
     """
 
     def __init__(self, what: str, total: int, unit: str = "samples", show: bool = True):
@@ -44,12 +46,23 @@ class Progress:
         self.done += count
         self.bar.update(count)
         now = time.monotonic()
-        if self.in_file and now >= self.next_line and self.done < self.total:
+        if self.in_file and now >= self.next_line and self.left(now - self.start) >= WORTH_SAYING:
             self.next_line = now + SECONDS
             print(self.line(now - self.start), flush=True)
+
+    def left(self, seconds: float) -> float:
+        """How many seconds the rest takes if what is done took `seconds`."""
+        return (self.total - self.done) * seconds / self.done
+
+    def over(self, pieces: Iterable) -> Iterator:
+        """The same pieces, each done when the next one is asked for."""
+        with self:
+            for piece in pieces:
+                yield piece
+                self.update()
 
     def line(self, seconds: float) -> str:
         """What is done after `seconds`, how fast, and when the rest will be at that speed."""
         rate = self.done / max(seconds, 1e-9)
-        left = datetime.timedelta(seconds=round((self.total - self.done) / rate))
+        left = datetime.timedelta(seconds=round(self.left(seconds)))
         return f"{self.what}: {self.done} of {self.total} {self.unit}, {rate:.3g} {self.unit}/s, {left} left"

@@ -75,9 +75,7 @@ def save_mesh_ply(file: str | Path, vertices: np.ndarray, faces: np.ndarray, col
         handle.write(face.tobytes())
 
 
-def mesh_glb(
-    vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, lines: Sequence[np.ndarray] = ()
-) -> bytes:
+def mesh_glb(vertices: np.ndarray, faces: np.ndarray, colours: np.ndarray, lines: Sequence[np.ndarray] = ()) -> bytes:
     """The bytes of a binary glTF file (y up) with 8-bit vertex colours, shown as they are: colours of a radiance field
     are seen colours already, and a light would shade them twice.
 

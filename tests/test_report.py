@@ -168,7 +168,9 @@ def test_the_first_screen_says_whether_judges_agree(tmp_path, views):
     for name, (judges, words) in cases.items():
         run = read_run(make_run(tmp_path / name, views, judges=judges))
         assert words in agreement(changes(run)), name
-        assert "of 3 validation captions rose (+57.8 %, p =" in headline(run, changes(run))
+        assert "of 3 validation captions rose (+57.8\N{NO-BREAK SPACE}%, p\N{NO-BREAK SPACE}=" in headline(
+            run, changes(run)
+        )
 
 
 def test_a_judge_whose_distance_falls_has_risen(tmp_path, views):
@@ -182,7 +184,9 @@ def test_a_control_is_called_one(page, run_folder):
     control = read_run(run_folder.parent / "control")
     assert "a control" in headline(control, changes(control)) and "control (control)" in page.read_text()
     runs = [read_run(run_folder), control]
-    assert "In the control control, whose advantages were shuffled, the reward" in controls(runs, {run.name: changes(run) for run in runs})
+    assert "In the control control, whose advantages were shuffled, the reward" in controls(
+        runs, {run.name: changes(run) for run in runs}
+    )
     assert "is not shown" in controls(runs[:1], {"learned": changes(runs[0])})
 
 
@@ -239,7 +243,12 @@ def test_a_run_without_validations_has_a_page(tmp_path, views):
     (folder / "metrics.jsonl").unlink()
     (folder / "config.json").write_text("{}")
     text = write_report([folder], device="cpu").read_text()
-    for words in ("there are no curves", "no validation", "There is no validation to show", "No configuration was found"):
+    for words in (
+        "there are no curves",
+        "no validation",
+        "There is no validation to show",
+        "No configuration was found",
+    ):
         assert words in text, words
 
 
@@ -377,7 +386,9 @@ def test_a_curve_tells_its_numbers(tab, page, run_folder):
         " return {x: box.x, y: box.y, width: box.width, height: box.height} })()"
     )
     tab.mouse("mouseMoved", box["x"] + box["width"] * 0.95, box["y"] + box["height"] / 2)
-    assert f"learned, epochs done 4: {means[-1]:.4f} ± 0.0100" in tab.run(f"{figure}.querySelector('output').textContent")
+    assert f"learned, epochs done 4: {means[-1]:.4f} ± 0.0100" in tab.run(
+        f"{figure}.querySelector('output').textContent"
+    )
     tab.run(f"{figure}.focus()")
     tab.call("Input.dispatchKeyEvent", type="keyDown", key="ArrowLeft", code="ArrowLeft")
     assert f"epochs done 2: {means[1]:.4f}" in tab.run(f"{figure}.querySelector('output').textContent")

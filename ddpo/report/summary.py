@@ -15,6 +15,7 @@ from ddpo.report.curves import mean_and_error
 from ddpo.report.read import Run
 
 SIGNIFICANT = 0.05
+NO_BREAK = "\N{NO-BREAK SPACE}"
 STARTS = {  # what a command may build on
     "config/base.py": base.get_config,
     "config/tiny.py": tiny.get_config,
@@ -70,7 +71,7 @@ class Change:
     def __str__(self):
         """The relative change and its p value, for the end of a sentence: " (+19.7 %, p = 5e-07)"."""
         parts = [part for part in (self.relative, self.p_value and f"p = {self.p_value}") if part]
-        return f" ({', '.join(parts)})" if parts else ""
+        return f" ({', '.join(part.replace(' ', NO_BREAK) for part in parts)})" if parts else ""
 
 
 def changes(run: Run) -> dict[str, Change]:
