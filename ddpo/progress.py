@@ -16,7 +16,8 @@ class Progress:
     """Progress of `total` pieces, called `unit`, of the work `what`; show = False shows nothing.
 
     Where standard error is a terminal there is a bar. Where standard output is a file or a pipe there is a line after
-    the first pieces, and then at most one every 30 seconds, if the rest takes a while: "sampling: 32 of 64 samples, 2.7 samples/s, 0:00:12 left".
+    the first pieces, and then at most one every 30 seconds, unless the rest takes no longer than a few seconds:
+    "sampling: 32 of 64 samples, 2.7 samples/s, 0:00:12 left".
     """
 
     def __init__(self, what: str, total: int, unit: str = "samples", show: bool = True):

@@ -119,8 +119,8 @@ def test_tensorboard_of_a_run_has_numbers_pictures_and_the_report(tmp_path):
     world = make_world(tmp_path / "world")
     changes = {"tracker": "tensorboard", "report": True, "train__total_batch_size": 4, "train__batch_size": 2}
     assert children.run(children.train, settings(world, tmp_path, **changes)) == 0
-    (events,) = (tmp_path / "run").rglob("events.out.tfevents.*")
-    found = EventAccumulator(str(events.parent)).Reload()
+    (events,) = (tmp_path / "run/carve3d").glob("events.out.tfevents.*")
+    found = EventAccumulator(str(events)).Reload()
     assert [event.step for event in found.Scalars("update/loss")] == [1, 2, 3, 4]
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     means = [line["reward_mean"] for line in lines if line["kind"] == "validation"]
