@@ -47,7 +47,8 @@ class Progress:
         self.done += count
         self.bar.update(count)
         now = time.monotonic()
-        if self.in_file and now >= self.next_line and self.left(now - self.start) >= WORTH_SAYING:
+        begun = self.in_file and self.done > 0
+        if begun and now >= self.next_line and self.left(now - self.start) >= WORTH_SAYING:
             self.next_line = now + SECONDS
             print(self.line(now - self.start), flush=True)
 

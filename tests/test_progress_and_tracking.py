@@ -32,6 +32,7 @@ def test_a_file_gets_a_line_after_the_first_pieces_and_then_every_half_minute(mo
 
 def test_short_or_silent_work_says_nothing(capsys):
     with Progress("sampling", 4) as work:
+        work.update(0)
         work.update(4)
     assert list(Progress("painting", 3, show=False).over("abc")) == ["a", "b", "c"]
     assert capsys.readouterr().out == ""
