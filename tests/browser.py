@@ -105,11 +105,13 @@ class Page:
             self.mouse("mouseMoved", x + right * i / steps, y + down * i / steps, button="left", buttons=1)
         self.mouse("mouseReleased", x + right, y + down, button="left", clickCount=1)
 
-    def screenshot(self, whole=False, clip=None):
-        """PNG bytes of the window, of the whole page, or of clip {x, y, width, height}."""
-        more = {"clip": {**clip, "scale": 1}} if clip else {}
-        data = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole, **more)["data"]
-        return base64.b64decode(data)
+    def screenshot(self, clip=None):
+        """PNG bytes of the window, or of the rectangle clip {x, y, width, height} of it."""
+        more = {}
+        if clip:
+            right, down = self.run("[scrollX, scrollY]")
+            more = {"clip": {**clip, "x": clip["x"] + right, "y": clip["y"] + down, "scale": 1}}
+        return base64.b64decode(self.call("Page.captureScreenshot", format="png", **more)["data"])
 
 
 @contextlib.contextmanager
