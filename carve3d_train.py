@@ -12,7 +12,6 @@ turn rewards and KL into advantages, update the LoRA. The first epoch only fills
 """
 
 import os
-import sys
 import time
 from functools import partial
 
@@ -29,6 +28,7 @@ from ddpo.calibration import StepCalibration, check_clip_range
 from ddpo.checkpoint import load_run, save_run
 from ddpo.files import whole
 from ddpo.final import save_final
+from ddpo.report import write_report
 from ddpo.run_folder import open_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
@@ -43,9 +43,10 @@ from ddpo.sampling import (
     local_slice,
     make_generator,
 )
-from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator, start_tracker
+from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator
 from ddpo.stat_tracking import make_trackers
 from ddpo.stopping import Stopped, Stopping, end_early, end_with_launcher
+from ddpo.tracking import start_tracker
 from ddpo.update import update, update_from_gradients
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from mrc.rewards import load_reward
@@ -78,7 +79,7 @@ class Run:
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.trackers = make_trackers(config)
         self.score_reference = config.kl_penalty or config.log_kl
-        self.show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
+        self.show_progress = accelerator.is_local_main_process
         switches = {"score_reference": self.score_reference, "show_progress": self.show_progress}
         self.collect_samples = partial(collect_samples, self.policy, self.reward_fn, config=config, **switches)
         self.epochs_done, self.kl = 0, 0.0  # kl: mean over the last epoch
@@ -197,6 +198,8 @@ class Run:
                     f"stopped: the mean KL {self.kl:.2e} has reached config.stop_kl = {self.config.stop_kl:.2e}"
                 )
             self.log.final()
+            if self.config.report and self.accelerator.is_main_process:
+                self.log.report(write_report([self.folder], device=self.accelerator.device))
         self.accelerator.end_training()
 
 

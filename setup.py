@@ -28,6 +28,7 @@ setup(
         "prompts": ["*.txt", "tiny/*.txt"],
         "diffusers_patch": ["instant3d/*.json"],
         "mrc": ["weights/*"],
+        "ddpo.report": ["page/*", "vendor/*"],
         "tiny": ["weights/**"],
         "tools.pretend_gpu": ["shim.cpp"],
     },

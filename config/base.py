@@ -56,6 +56,9 @@ def get_config() -> ConfigDict:
     # Experiment tracker: "wandb" (offline unless the user is logged in), "tensorboard" or "none". metrics.jsonl and
     # curves.png are written in any case.
     config.tracker = "wandb"
+    # At the end of the run write report.html into its folder, a page that shows it without a network, as
+    # python -m tools.report does.
+    config.report = False
     # Diagnostic: give every sample the advantage of a random other one. Nothing can be learned from that, so what a run
     # with this key "improves" is what chance and drift improve.
     config.shuffle_advantages = False

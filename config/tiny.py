@@ -22,6 +22,7 @@ def grid() -> ConfigDict:
     config.val_freq = 4
     config.mixed_precision = "bf16"
     config.tracker = "none"
+    config.report = True
 
     # the clean painter, and the LoRA that spoils about half of its grids: what the run has to unlearn
     config.pretrained.model = "tiny/weights/painter"

@@ -21,6 +21,8 @@ from ddpo.files import append_whole, remove_partial, whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views
 from ddpo.run_folder import OpenRun, replaced_later, set_aside
 from ddpo.sampling import Samples
+from ddpo.setup import environment
+from ddpo.tracking import log_histogram, log_numbers, log_picture, log_report
 
 CURVES = {  # curves.png: title -> (kind of line, key)
     "reward of the samples": ("epoch", "reward_mean"),
@@ -56,6 +58,8 @@ class RunLog:
             if replaced:
                 self.say(f"what was made after {epochs_done} epochs is now in {set_aside(self.folder, replaced)}")
         write_whole(self.folder / "config.json", self.config.to_json_best_effort(indent=1))
+        about = environment(self.accelerator.num_processes)
+        write_whole(self.folder / "environment.json", json.dumps(about, indent=1))
         self._drop_from(epochs_done)
         self._say_what_is_missing(epochs_done)
 
@@ -121,7 +125,8 @@ class RunLog:
             "seconds": seconds,
         }
         self._write("epoch", epoch, line)
-        self._histogram("reward", reward, epoch)
+        if self.accelerator.is_main_process:
+            log_histogram(self.accelerator.trackers, "reward", reward, epoch)
         for i, statistics in enumerate(updates):
             self._write("update", epoch, {"update": i, **statistics})
         self._picture("epoch", epoch, labelled(samples.images), _reward_notes(samples.reward), prompts)
@@ -163,6 +168,8 @@ class RunLog:
         self._write("validation", epochs_done, line)
         if self.accelerator.is_main_process:
             content = {"prompts": list(prompts), "rewards": line["rewards"]}
+            if "lpips" in scores:  # NaN, a view compared with nothing, is null in JSON
+                content["lpips"] = [[x if x == x else None for x in row] for row in scores["lpips"].tolist()]
             write_whole(self._validation(epochs_done) / "scores.json", json.dumps(content))
             images = self._first_validation_images(self._validation(epochs_done))
             self._picture("validation", epochs_done, labelled(images), _reward_notes(reward), prompts)
@@ -196,6 +203,11 @@ class RunLog:
             f"(paired t-test over {len(gain)} prompts: p = {p:.1e})\n"
             f"the weights are in {self.folder / 'final'}, curves and pictures in {self.folder}"
         )
+
+    def report(self, file: Path) -> None:
+        """Say where the report of the run is, and give it to the tracker."""
+        self.say(f"the report is {file}: open it in a browser")
+        log_report(self.accelerator.trackers, file)
 
     def curves(self) -> None:
         """Draw curves.png from all metrics so far."""
@@ -233,19 +245,11 @@ class RunLog:
         self.lines.append(line)
         append_whole(self.folder / "metrics.jsonl", json.dumps(line, allow_nan=False))
         numbers = {f"{kind}/{key}": value for key, value in values.items() if isinstance(value, (int, float))}
-        self.accelerator.log(numbers, step=epoch)
+        axis, place = ("updates", self._count("update")) if kind == "update" else ("epoch", epoch)
+        log_numbers(self.accelerator.trackers, numbers, axis, place)
 
-    def _histogram(self, name, values, epoch):
-        """A histogram in the tracker, where it can show one."""
-        if not self.accelerator.is_main_process:
-            return
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "wandb":
-                import wandb
-
-                tracker.log({name: wandb.Histogram(values)}, step=epoch)
-            elif tracker.name == "tensorboard":
-                tracker.writer.add_histogram(name, np.asarray(values), epoch)
+    def _count(self, kind):
+        return sum(line["kind"] == kind for line in self.lines)
 
     def _picture(self, kind, epoch, rows, notes, captions):
         """samples/<kind>_<epoch>.png of the first `sample.save_images` objects; rows: label -> uint8 views."""
@@ -256,9 +260,7 @@ class RunLog:
         file = self.folder / "samples" / f"{kind}_{epoch:04d}.png"
         with whole(file) as partial:
             picture.save(partial)
-        for tracker in self.accelerator.trackers:
-            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-            tracker.log_images({f"samples/{kind}": np.asarray(picture)[None]}, step=epoch, **layout)
+        log_picture(self.accelerator.trackers, f"samples/{kind}", picture, epoch)
 
     def _before_and_after(self, first, last):
         """samples/before_after_<epochs>.png: validation prompts, painted and re-rendered, at two validations.

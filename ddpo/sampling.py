@@ -9,10 +9,10 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from ddpo.bad_samples import is_finite
 from ddpo.pictures import to_bytes
+from ddpo.progress import Progress
 from ddpo.steps import draw_reference_steps, draw_trained_steps
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
@@ -40,15 +40,17 @@ class Samples:
     reward: torch.Tensor  # (N,), NaN where anything of a sample is not finite
     foreground: torch.Tensor  # (N, V) share of each view that is foreground
     empty: torch.Tensor  # (N, V) bool
+    lpips: torch.Tensor | None  # (N, V) distance of each view from its render; NaN where it was compared with nothing
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
     gradients: torch.Tensor | None = None  # (N, P) of each sample, see `rollout`, in host memory
     bad_views: dict[int, torch.Tensor] = field(default_factory=dict)  # views (V, 3, S, S) of those with a NaN reward
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """reward (N,), foreground (N, V), empty (N, V), and kl (N,) if it is known."""
+        """reward (N,), foreground (N, V), empty (N, V), and, where they are known, lpips (N, V) and kl (N,)."""
         scores = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty}
-        return scores if self.kl is None else {**scores, "kl": self.kl}
+        further = {"lpips": self.lpips, "kl": self.kl}
+        return scores | {name: value for name, value in further.items() if value is not None}
 
 
 def collect_samples(
@@ -76,12 +78,12 @@ def collect_samples(
     size = config.train.batch_size if backward else config.sample.batch_size
     suffix, learning = config.sample.prompt_suffix, {}
     policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
-    bar = tqdm(total=len(prompts), leave=False, disable=not show_progress)
+    progress = Progress("sampling", len(prompts), show=show_progress)
     for first in range(0, len(prompts), size):
         batch = slice(first, first + size)
         if before_batch is not None:
             before_batch()
-        bar.set_description("sampling")
+        progress.now("sampling")
         start = time.perf_counter()
         if backward:
             weights = draw_trained_steps(policy.scheduler, config, step_generator)
@@ -94,11 +96,11 @@ def collect_samples(
             config.sample.eta,
             generators[batch],
             score_reference=score_reference,
-            show_progress=show_progress,
+            show_progress=progress.on_terminal,
             reference_steps=draw_reference_steps(config, step_generator),
             **learning,
         )
-        bar.set_description("reward")
+        progress.now("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])
         good = is_finite(trajectory, result.reward)
@@ -113,8 +115,8 @@ def collect_samples(
         results.append(replace(result, reward=result.reward.masked_fill(~good, torch.nan), renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
-        bar.update(len(trajectory))
-    bar.close()
+        progress.update(len(trajectory))
+    progress.close()
 
     def cat(name):
         return torch.cat([getattr(result, name) for result in results])
@@ -126,6 +128,7 @@ def collect_samples(
         reward=cat("reward").float(),
         foreground=cat("foreground"),
         empty=cat("empty"),
+        lpips=None if results[0].lpips is None else cat("lpips"),
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
         gradients=torch.cat(gradients) if gradients else None,

@@ -1,9 +1,10 @@
-"""What a run needs beside its models: processes and device, an experiment tracker, an optimizer."""
+"""What a run needs beside its models: processes and device, an optimizer, and what it says of its machine."""
 
 import datetime
+import importlib.metadata
 import netrc
 import os
-from pathlib import Path
+import platform
 from urllib.parse import urlsplit
 
 import torch
@@ -12,6 +13,8 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from ml_collections import ConfigDict
 
 from diffusers_patch.policy import MultiViewPolicy
+
+PACKAGES = ("torch", "numpy", "diffusers", "transformers", "peft", "accelerate")  # whose versions may change a run
 
 
 def set_arithmetic(config: ConfigDict) -> None:
@@ -49,16 +52,16 @@ def has_wandb_account() -> bool:
         return False
 
 
-def start_tracker(accelerator: Accelerator, config: ConfigDict, folder: Path) -> None:
-    """Start the tracker that `config.tracker` names, with its files in the run's folder."""
-    if config.tracker == "none":
-        return
-    accelerator.project_configuration.logging_dir = str(folder)
-    flat = {}
-    for key, value in config.to_dict().items():
-        section = value if isinstance(value, dict) else {"": value}
-        flat |= {f"{key}.{name}".strip("."): "none" if one is None else one for name, one in section.items()}
-    accelerator.init_trackers("carve3d", flat, {"wandb": {"name": folder.name, "dir": str(folder)}})
+def environment(num_processes: int) -> dict[str, str]:
+    """What a run needs besides its configuration to be repeated bit by bit, versions and machine: {name: words}."""
+    return {
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+        "system": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads per process",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "processes": str(num_processes),
+    }
 
 
 def adam_settings(config: ConfigDict) -> dict:

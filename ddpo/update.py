@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from config.batches import trainable_steps
 from ddpo.ppo import ppo_loss, timestep_weights
+from ddpo.progress import Progress
 from diffusers_patch.ddim_with_logprob import ddim_std, ddim_step_with_logprob
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
@@ -38,7 +38,7 @@ def update(
     parameters = policy.trainable_parameters()
     logs = []
     total = config.train.num_inner_epochs * len(advantages)
-    bar = tqdm(total=total, desc="update", leave=False, disable=not show_progress)
+    progress = Progress("update", total, show=show_progress)
     for micro_batches in shuffled_micro_batches(len(advantages), config, generator):
         infos = []
         for index, steps in micro_batches:
@@ -46,12 +46,12 @@ def update(
             for loss, info in micro_batch_losses(policy, batch, advantages[index].to(policy.device), steps, config):
                 accelerator.backward(loss)
                 infos.append(info)
-            bar.update(len(index))
+            progress.update(len(index))
         # only now, for in half precision the gradients of small losses would underflow
         average_gradients(parameters, accelerator, steps.shape[1] * config.train.gradient_accumulation_steps)
         statistics = summarize(infos, accelerator)
         logs.append({**statistics, **optimizer_step(parameters, optimizer, accelerator, config, after_step)})
-    bar.close()
+    progress.close()
     return logs
 
 

@@ -1,7 +1,7 @@
 """From a configuration to a reward: a function (views (B, V, 3, S, S) in [0, 1], prompts) -> result.
 
-A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool, and `renders` (B, V, 3, S, S) or None. A new
-reward is one entry in `REWARDS` (and its name in config/validate.py).
+A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool, and `renders` (B, V, 3, S, S) and `lpips`
+(B, V) or None. A new reward is one entry in `REWARDS` (and its name in config/validate.py).
 """
 
 from collections.abc import Callable
@@ -25,6 +25,7 @@ class ImageResult:
     foreground: torch.Tensor
     empty: torch.Tensor
     renders: None = None
+    lpips: None = None
 
 
 def load_mrc(config: ConfigDict, device: torch.device | str) -> MRC:

@@ -47,5 +47,5 @@ def whole_run(world, tmp_path_factory):
     from tests.tiny_models import settings
 
     logdir = tmp_path_factory.mktemp("whole")
-    assert children.run(children.train, settings(world, logdir)) == 0
+    assert children.run(children.train, settings(world, logdir, report=True)) == 0
     return logdir / "run"

@@ -91,6 +91,7 @@ def test_a_wheel_holds_weights_and_prompts(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     data = [*ROOT.glob("mrc/weights/*"), *ROOT.glob("tiny/weights/**/*"), *ROOT.glob("prompts/*.txt")]
     data += [*ROOT.glob("prompts/tiny/*.txt"), *ROOT.glob("diffusers_patch/instant3d/*.json")]
+    data += [*ROOT.glob("ddpo/report/page/*"), *ROOT.glob("ddpo/report/vendor/*")]
     wanted = {str(file.relative_to(ROOT)) for file in data if file.is_file()}
     assert len(wanted) > 30 and not wanted - names
     assert "carve3d_train.py" in names and not any(name.startswith("tests/") for name in names)

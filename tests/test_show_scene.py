@@ -108,11 +108,13 @@ def test_the_command_takes_every_reconstructor(name, pictures, tmp_path, monkeyp
     config.recon.render_size = 32
     show_scene.main(SimpleNamespace(config=config, out=str(tmp_path / "out")), *pictures[0])
     assert "MRC of each view" in capsys.readouterr().out
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["scene.ply", "turntable.gif", "views.png"]
+    names = {file.name for file in (tmp_path / "out").iterdir()} - {"scene.glb"}
+    assert names == {"scene.html", "scene.ply", "turntable.gif", "views.png"}
 
 
 def test_a_scene_of_gaussians_is_written_as_it_is(tmp_path):
     scene = Gaussians.from_packed(torch.rand(1, 5, 14))
-    save_scene(None, scene, tmp_path / "scene.ply")
+    shown = save_scene(SimpleNamespace(cameras=instant3d_cameras()), scene, tmp_path)
+    assert shown.kind == "splat" and len(shown.data) > 5 * 32
     header = (tmp_path / "scene.ply").read_bytes().partition(b"end_header")[0]
     assert b"element vertex 5" in header and b"f_dc_0" in header

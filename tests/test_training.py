@@ -64,9 +64,11 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
         "checkpoint_0003",
         "config.json",
         "curves.png",
+        "environment.json",
         "final",
         "lora",
         "metrics.jsonl",
+        "report.html",
         "run.lock",
         "samples",
         "validation",
@@ -93,6 +95,9 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
     assert images["views"].shape == images["renders"].shape == (4, 3, 4 * LATENT, 4 * LATENT)
     scores = json.loads((validation / "scores.json").read_text())
     assert scores["rewards"] == metrics(whole_run, "validation")[-1]["rewards"] and len(scores["prompts"]) == 3
+    assert np.allclose(-np.mean(scores["lpips"], axis=1), scores["rewards"], atol=1e-6)
+    assert len(json.loads((whole_run / "environment.json").read_text())) > 8
+    assert "of 3 validation captions" in (whole_run / "report.html").read_text()
     assert same_files(whole_run / "final", whole_run / "lora/epoch_0003", LORA)
 
 

@@ -20,18 +20,17 @@ import csv
 import json
 import math
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tqdm
 from absl import flags
 from ml_collections import ConfigDict
 
 from config import cli
 from config.validate import validate
+from ddpo.progress import Progress
 from ddpo.setup import start_accelerator
 from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
@@ -202,16 +201,15 @@ def main(args) -> None:
     }
     read_results(out, settings)  # refuses those of other settings before anything is loaded
     score = painter_score(config, args.samples, accelerator.device)
-    show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
-    with tqdm.tqdm(total=len(candidates), desc="curating", disable=not show_progress) as bar:
+    with Progress("curating", len(candidates), "prompts", accelerator.is_local_main_process) as progress:
 
         def score_with_progress(index: int, prompt: str) -> Scores:
-            bar.update(index - bar.n)
+            progress.update(index - progress.done)
             return score(index, prompt)
 
         share = accelerator.process_index, accelerator.num_processes, accelerator.wait_for_everyone
         results = score_all(candidates, score_with_progress, out, settings, *share)
-        bar.update(len(candidates) - bar.n)
+        progress.update(len(candidates) - progress.done)
     if accelerator.is_main_process:
         kept = write_ranking(results, out, args.keep)
         print(f"kept {len(kept)} of {len(candidates)} prompts: {out / 'kept.txt'} (ranking: {out / 'ranking.csv'})")

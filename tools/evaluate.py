@@ -37,12 +37,10 @@ import copy
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import tqdm
 from absl import flags
 from ml_collections import ConfigDict
 from safetensors import SafetensorError
@@ -53,6 +51,7 @@ from config.validate import ANY_CAMERAS, CHOICES, flatten, validate
 from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table
 from ddpo.files import write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
+from ddpo.progress import Progress
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import start_accelerator
@@ -219,9 +218,9 @@ class Evaluation:
         accelerator.wait_for_everyone()  # all have seen what there is before one adds to it
         self.parts.open(accelerator.process_index)
         mine = work[accelerator.process_index :: accelerator.num_processes]
-        show_progress = accelerator.is_local_main_process and sys.stderr.isatty()
+        progress = Progress("evaluating", len(mine), "batches", accelerator.is_local_main_process)
         painting = None
-        for model, batch in tqdm.tqdm(mine, "evaluating", disable=not show_progress):
+        for model, batch in progress.over(mine):
             if model != painting:
                 self.switch_to(model)
                 painting = model

@@ -8,7 +8,9 @@ The pictures are square, in the order of the reconstructor's cameras; transparen
 are afterwards
     views.png       the pictures over the re-rendered views, with the MRC of each
     turntable.gif   the object from all sides
+    scene.html      the object and the cameras to turn, in any browser and without a network
     scene.ply       the Gaussians, for viewers of Gaussian splats, or a coloured mesh of a radiance field
+    scene.glb       the mesh again, for viewers of glTF
 """
 
 from collections.abc import Sequence
@@ -23,17 +25,20 @@ from PIL import Image, UnidentifiedImageError
 from config import cli
 from config.validate import resolve
 from ddpo.pictures import sample_picture
+from ddpo.report import write_viewer
+from ddpo.report.scenes import Scene, pyramids
 from mrc.mrc import resize_views
 from mrc.rewards import load_mrc
 from recon.cameras import Cameras, orbit_cameras
-from recon.export import save_gaussians_ply
+from recon.export import gaussians_splat, save_gaussians_ply
 from recon.gaussian_splatting import Gaussians
-from recon.mesh import extract_mesh, save_mesh_ply
+from recon.mesh import extract_mesh, mesh_glb, save_mesh_ply
 from recon.reconstructor import Reconstructor
 
 FRAMES = 36
 AT_ONCE = 4  # frames rendered together
 MILLISECONDS = 80  # per frame
+MOST_GAUSSIANS = 200_000  # in scene.html
 
 
 def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
@@ -67,12 +72,18 @@ def turntable_cameras(cameras: Cameras, frames: int) -> Cameras:
     return orbit_cameras(azimuth, cameras.elevation.mean().item(), radius, cameras.fov[0].item())
 
 
-def save_scene(reconstructor: Reconstructor, scene, file: Path) -> None:
-    """One scene as .ply: Gaussians as they are, a radiance field as a mesh."""
+def save_scene(reconstructor: Reconstructor, scene, out: Path) -> Scene:
+    """One scene as scene.ply, Gaussians as they are and a radiance field as a mesh, which is also scene.glb.
+
+    Returns it as a page shows it."""
+    lines = pyramids(reconstructor.cameras.to("cpu"))
     if isinstance(scene, Gaussians):
-        save_gaussians_ply(scene, file)
-    else:
-        save_mesh_ply(file, *extract_mesh(reconstructor.radiance_field(scene), device=reconstructor.device))
+        save_gaussians_ply(scene, out / "scene.ply")
+        return Scene("splat", gaussians_splat(scene, MOST_GAUSSIANS, lines))
+    mesh = extract_mesh(reconstructor.radiance_field(scene), device=reconstructor.device)
+    save_mesh_ply(out / "scene.ply", *mesh)
+    (out / "scene.glb").write_bytes(mesh_glb(*mesh))
+    return Scene("glb", mesh_glb(*mesh, lines))
 
 
 def define_flags() -> None:
@@ -92,7 +103,8 @@ def main(args, *pictures: str) -> None:
     result = judge.score(views, scene)
     note = "MRC of each view: " + ", ".join(f"{value:.3f}" for value in result.lpips[0].tolist())
     rows = {"given": resize_views(views, size), "re-rendered": result.renders}
-    sample_picture(rows, [note], ["reconstruction"]).save(out / "views.png")
+    picture = sample_picture(rows, [note], ["reconstruction"])
+    picture.save(out / "views.png")
 
     around = turntable_cameras(reconstructor.cameras.to("cpu"), FRAMES).to(device)
     frames = []
@@ -100,8 +112,9 @@ def main(args, *pictures: str) -> None:
         images = reconstructor.render(scene, around[first : first + AT_ONCE], size)[0][0]
         frames += [Image.fromarray(image) for image in (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
     frames[0].save(out / "turntable.gif", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0)
-    save_scene(reconstructor, scene, out / "scene.ply")
-    print(f"{note}\nwrote {', '.join(str(out / name) for name in ('views.png', 'turntable.gif', 'scene.ply'))}")
+    shown = save_scene(reconstructor, scene, out)
+    write_viewer(out / "scene.html", "Reconstruction", note, shown, reconstructor.cameras, picture)
+    print(f"{note}\nwrote {', '.join(str(file) for file in sorted(out.iterdir()))}")
 
 
 if __name__ == "__main__":

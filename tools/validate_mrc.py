@@ -22,12 +22,12 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
-import tqdm
 from absl import flags
 from scipy.stats import sem
 
 from config import cli
 from config.validate import resolve
+from ddpo.progress import Progress
 from mrc import MRC
 from mrc.rewards import load_mrc
 from recon.cameras import Cameras
@@ -171,7 +171,8 @@ def main(args) -> None:
     """args: the parsed flags."""
     config, out = resolve(args.config, 1), Path(args.out)
     judge = load_mrc(config, "cuda" if torch.cuda.is_available() else "cpu")
-    results = experiment(judge, args.objects, config.recon.render_size, tqdm.tqdm(TRIALS, desc="distortions"))
+    trials = Progress("validating", len(TRIALS), "distortions").over(TRIALS)
+    results = experiment(judge, args.objects, config.recon.render_size, trials)
     out.mkdir(parents=True, exist_ok=True)
     (out / "validate.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, out / "validate.png")
