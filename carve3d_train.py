@@ -171,7 +171,12 @@ class Run:
         samples = None
         if local:
             generators = [make_generator(0, VALIDATION, i) for i in local]
-            samples = self.collect_samples([prompts[i] for i in local], generators, keep_images=len(local))
+            samples = self.collect_samples(
+                [prompts[i] for i in local],
+                generators,
+                keep_images=len(local),
+                judge=getattr(self.reward_fn, "further", None),
+            )
         with self.stopping.safely():
             self.log.validation_images(self.epochs_done, local, samples.images if samples else {})
         scores = gather_uneven_scores(samples, local)

@@ -19,7 +19,8 @@ SWEPT = {  # the keys that the paper's sweeps change, in words
     "train.total_batch_size": "samples per update",
     "kl_normalized_coeff": "weight of the KL",
 }
-FURTHER = {"judge": "judge ↓", "clip": "CLIP ↑"}  # columns of the table that there may be
+JUDGES = {"silhouettes": "silhouettes ↓", "held_out": "held-out view ↓", "judge": "judge ↓"}
+FURTHER = {**JUDGES, "clip": "CLIP ↑"}  # columns of the table that there may be
 
 
 class Parts:
@@ -131,6 +132,18 @@ def summarise(
         summary[model] = {**about, **numbers, "samples": {name: value.tolist() for name, value in values.items()}}
         base = base or values
     return summary
+
+
+def doubtful(summary: dict[str, dict]) -> dict[str, list[str]]:
+    """{model: the judges by which it is no better than the base model}, where MRC calls it better and two judges do
+    not: a reward that rises alone was probably deceived. summary: see `summarise`."""
+    found = {}
+    for model, result in summary.items():
+        if model != BASE and result["mrc"]["difference"] < 0:
+            against = [name for name in JUDGES if name in result and result[name]["difference"] >= 0]
+            if len(against) >= 2:
+                found[model] = against
+    return found
 
 
 def table(summary: dict[str, dict]) -> str:

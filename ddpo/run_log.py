@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from scipy.stats import sem, ttest_rel
 
 from config.errors import UserError
+from ddpo.evaluation import JUDGES
 from ddpo.files import append_whole, remove_partial, whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views
 from ddpo.run_folder import OpenRun, replaced_later, set_aside
@@ -170,6 +171,8 @@ class RunLog:
             content = {"prompts": list(prompts), "rewards": line["rewards"]}
             if "lpips" in scores:  # NaN, a view compared with nothing, is null in JSON
                 content["lpips"] = [[x if x == x else None for x in row] for row in scores["lpips"].tolist()]
+            judges = {name: numbers_or_none(scores[name]) for name in JUDGES if name in scores}
+            content |= judges | {"lower_is_better": list(judges)}
             write_whole(self._validation(epochs_done) / "scores.json", json.dumps(content))
             images = self._first_validation_images(self._validation(epochs_done))
             self._picture("validation", epochs_done, labelled(images), _reward_notes(reward), prompts)
@@ -302,7 +305,8 @@ def summary(scores: dict[str, np.ndarray]) -> dict[str, float]:
         "reward/empty_views": float(scores["empty"].any(1).mean()),
         "reward/foreground": float(scores["foreground"].mean()),
     }
-    return line | ({"kl_mean": float(scores["kl"].mean())} if "kl" in scores else {})
+    further = {f"judge/{name}": float(np.nanmean(scores[name])) for name in JUDGES if name in scores}
+    return line | further | ({"kl_mean": float(scores["kl"].mean())} if "kl" in scores else {})
 
 
 def standard_error(values: np.ndarray) -> float:

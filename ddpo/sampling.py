@@ -44,13 +44,14 @@ class Samples:
     kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
     seconds: dict  # of "sampling" and "reward"
     gradients: torch.Tensor | None = None  # (N, P) of each sample, see `rollout`, in host memory
+    judges: dict[str, torch.Tensor] = field(default_factory=dict)  # (N,) of each judge, see `mrc.judges`
     bad_views: dict[int, torch.Tensor] = field(default_factory=dict)  # views (V, 3, S, S) of those with a NaN reward
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """reward (N,), foreground (N, V), empty (N, V), and, where they are known, lpips (N, V) and kl (N,)."""
+        """reward (N,), foreground (N, V), empty (N, V), where they are known lpips (N, V) and kl (N,), and (N,) of each judge."""
         scores = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty}
         further = {"lpips": self.lpips, "kl": self.kl}
-        return scores | {name: value for name, value in further.items() if value is not None}
+        return scores | {name: value for name, value in further.items() if value is not None} | self.judges
 
 
 def collect_samples(
@@ -65,16 +66,17 @@ def collect_samples(
     step_generator: torch.Generator | None = None,
     backward: Callable | None = None,
     before_batch: Callable[[], None] | None = None,
+    judge: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None,
 ) -> Samples:
     """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
 
     keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called
-    before each batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
+    before each batch. judge: views (B, V, 3, S, S) -> {name: (B,)}, further scores. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
     None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
     """
     trajectories, gradients, results, images = [], [], [], []
-    bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}
+    judged, bad_views, seconds = [], {}, {"sampling": 0.0, "reward": 0.0}
     size = config.train.batch_size if backward else config.sample.batch_size
     suffix, learning = config.sample.prompt_suffix, {}
     policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
@@ -103,6 +105,7 @@ def collect_samples(
         progress.now("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])
+        judged.append(judge(trajectory.views.nan_to_num(1.0, 1.0, 0.0)) if judge else {})
         good = is_finite(trajectory, result.reward)
         bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:
@@ -132,6 +135,7 @@ def collect_samples(
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
         gradients=torch.cat(gradients) if gradients else None,
+        judges={name: torch.cat([values[name] for values in judged]) for name in judged[0]},
         bad_views=bad_views,
     )
 

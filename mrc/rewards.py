@@ -4,15 +4,16 @@ A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool, and `rende
 (B, V) or None. A new reward is one entry in `REWARDS` (and its name in config/validate.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from ml_collections import ConfigDict
 
 from mrc.bounding_box import foreground_mask
+from mrc.judges import judge_views
 from mrc.lpips import LPIPS
-from mrc.mrc import MRC
+from mrc.mrc import MRC, MRCResult
 from mrc.sanity_rewards import jpeg_compressibility, jpeg_incompressibility
 from recon import background_remover, load_reconstructor
 
@@ -41,11 +42,25 @@ def load_mrc(config: ConfigDict, device: torch.device | str) -> MRC:
     )
 
 
-def _mrc_reward(config, device):
-    # first, because a missing rembg should be noticed before weights are read
-    on_white = background_remover() if config.recon.remove_background else lambda views: views
-    judge = load_mrc(config, device)
-    return lambda views, prompts: judge(on_white(views).to(judge.reconstructor.device))
+class MRCReward:
+    """MRC of what a painter paints: views (B, V, 3, S, S), on whatever background config.recon says."""
+
+    def __init__(self, config: ConfigDict, device: torch.device | str):
+        # first, because a missing rembg should be noticed before weights are read
+        self._remove_background = background_remover() if config.recon.remove_background else None
+        self.judge = load_mrc(config, device)
+
+    def prepare(self, views: torch.Tensor) -> torch.Tensor:
+        """On white, where the judge is."""
+        views = self._remove_background(views) if self._remove_background else views
+        return views.to(self.judge.reconstructor.device)
+
+    def further(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
+        """{name: (B,)} of the judges beside it, see `mrc.judges`."""
+        return judge_views(self.judge, self.prepare(views))
+
+    def __call__(self, views: torch.Tensor, prompts: Sequence[str]) -> MRCResult:
+        return self.judge(self.prepare(views))
 
 
 def _image_reward(score):
@@ -62,7 +77,7 @@ def _image_reward(score):
 
 
 REWARDS = {
-    "mrc": _mrc_reward,
+    "mrc": MRCReward,
     "jpeg_compressibility": _image_reward(jpeg_compressibility),
     "jpeg_incompressibility": _image_reward(jpeg_incompressibility),
 }

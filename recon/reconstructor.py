@@ -19,12 +19,14 @@ class Reconstructor(nn.Module, ABC):
     radiance fields also have `radiance_field(scene)`, for a batch of one: what `recon.mesh.extract_mesh` takes.
 
     num_views: V, the number of input views. input_size: their side in pixels. chunk_size: rays rendered at a time,
-    which bounds the memory and changes no result; splatting has no rays and ignores it.
+    which bounds the memory and changes no result; splatting has no rays and ignores it. takes_fewer_views: whether
+    `reconstruct` makes sense of V - 1 views too, so that one can be held out.
     """
 
     num_views: int
     input_size: int
     chunk_size: int = 65536
+    takes_fewer_views = False
 
     @classmethod
     @abstractmethod

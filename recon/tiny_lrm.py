@@ -61,6 +61,7 @@ class TinyLRM(Reconstructor):
 
     num_views = 4
     input_size = 64
+    takes_fewer_views = True  # the features of the views are averaged
 
     def __init__(
         self,

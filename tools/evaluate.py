@@ -48,7 +48,7 @@ from safetensors.torch import load_file
 
 from config import cli
 from config.validate import ANY_CAMERAS, CHOICES, flatten, validate
-from ddpo.evaluation import BASE, SWEPT, Parts, batches, summarise, table
+from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, summarise, table
 from ddpo.files import write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.progress import Progress
@@ -60,6 +60,7 @@ from diffusers_patch.loading import PAINTERS, check_cameras, load_painter, paint
 from diffusers_patch.policy import LORA_FILE
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
+from mrc.judges import judge_views
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 from recon import reconstructor_cameras
@@ -158,9 +159,10 @@ def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None,
     first = load_reward(config, device)
 
     def measure(views, captions):
-        result = first(views, captions)
+        views = first.prepare(views)
+        result = first.judge(views)
         foreground, empty = result.foreground.mean(1), result.empty.any(1).float()
-        values = {"mrc": -result.reward, "foreground": foreground, "empty": empty}
+        values = {"mrc": -result.reward, "foreground": foreground, "empty": empty, **judge_views(first.judge, views)}
         if second:
             values["judge"] = -second(views, captions).reward
         if similarity:
@@ -288,6 +290,8 @@ class Evaluation:
             f"{table(summary)}\n\n{len(self.prompts)} prompts x {self.samples} samples, mean ± standard error over "
             f"prompts\nwrote {self.out / 'results.json'}"
         )
+        for model, judges in doubtful(summary).items():
+            print(f"warning: {model} has a better MRC than the base model, but not by {' and '.join(judges)}")
 
     def draw(self, summary: dict[str, dict]) -> None:
         """pictures.png: of the shown prompts the first sample by every model, painted over re-rendered."""

@@ -1,0 +1,96 @@
+"""The judges beside the reward: near zero on exact views, rising with distortions that are known."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ddpo.evaluation import BASE, doubtful
+from mrc.judges import held_out_distance, judge_views, silhouette_disagreement, visual_hull
+from mrc.lpips import LPIPS
+from mrc.mrc import MRC
+from recon.cameras import instant3d_cameras, mvdream_cameras, rays
+from recon.tiny_lrm import TinyLRM
+from tiny.objects import build, fixed_views, random_caption
+from tiny.training import WEIGHTS
+
+
+@pytest.fixture(scope="module")
+def views():
+    generator = torch.Generator().manual_seed(0)
+    return fixed_views(build([random_caption(generator) for _ in range(4)], generator))
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return MRC(TinyLRM.from_pretrained(WEIGHTS / "lrm"), LPIPS(), render_size=64)
+
+
+def shrink(views):
+    views = views.clone()
+    small = F.interpolate(views[:, 3], scale_factor=0.5, mode="bilinear", antialias=True)
+    views[:, 3] = 1
+    views[:, 3, :, 16:48, 16:48] = small
+    return views
+
+
+def shift(views, pixels):
+    views = views.clone()
+    views[:, 2] = views[:, 2].roll(pixels, -1)
+    return views
+
+
+def recolour(views):
+    views = views.clone()
+    views[:, 1] = views[:, 1, [1, 2, 0]]
+    return views
+
+
+def test_silhouettes_of_one_object_have_a_hull_and_others_have_not(views):
+    cameras = instant3d_cameras()
+    exact = silhouette_disagreement(views, cameras)
+    assert (exact < 0.08).all()  # what cells and pixels leave
+    further = [silhouette_disagreement(shift(views, pixels), cameras) for pixels in (3, 8)]
+    assert (exact < further[0]).all() and (further[0] < further[1]).all()
+    assert (silhouette_disagreement(shrink(views), cameras) > 0.2).all()
+    assert torch.equal(silhouette_disagreement(recolour(views), cameras), exact)  # colours are not its business
+    assert silhouette_disagreement(views[:, [1, 0, 2, 3]], cameras).mean() > 3 * exact.mean()  # the cameras are
+    nothing = torch.ones_like(views)
+    assert (silhouette_disagreement(nothing, cameras) == 1).all()
+
+
+def test_the_hull_of_a_sphere_is_a_little_larger_than_the_sphere():
+    cameras = mvdream_cameras(elevation=0.0)
+    origins, directions = rays(cameras, 64)
+    closest = (origins - (origins * directions).sum(-1, keepdim=True) * directions).norm(dim=-1)
+    hull = visual_hull((closest < 0.4).float()[None], cameras)[0]
+    centre = (torch.arange(64) + 0.5) / 32 - 1
+    radius = torch.stack(torch.meshgrid(centre, centre, centre, indexing="ij")).norm(dim=0)
+    assert hull[radius < 0.36].all()
+    assert not hull[radius > 0.65].any()  # a square whose sides touch the circle reaches sqrt(2) as far
+
+
+def test_a_held_out_view_is_foretold_by_the_others_if_they_show_one_object(views, judge):
+    exact = held_out_distance(judge, views)
+    assert (exact < 0.1).all()
+    for distorted in (shrink(views), recolour(views), shift(views, 8)):
+        assert (held_out_distance(judge, distorted) > 1.5 * exact).all()
+
+
+def test_all_judges_that_apply(views, judge, monkeypatch):
+    assert list(judge_views(judge, views[:1])) == ["silhouettes", "held_out"]
+    monkeypatch.setattr(TinyLRM, "takes_fewer_views", False)
+    assert list(judge_views(judge, views[:1])) == ["silhouettes"]
+
+
+def test_a_reward_that_rises_alone_is_named():
+    def result(mrc, silhouettes, held_out):
+        values = {"mrc": mrc, "silhouettes": silhouettes, "held_out": held_out}
+        return {name: {"difference": value} for name, value in values.items()}
+
+    summary = {
+        BASE: {},
+        "honest": result(-0.1, -0.1, 0.1),
+        "deceived": result(-0.1, 0.0, 0.1),
+        "worse": result(0.1, 0.1, 0.1),
+    }
+    assert doubtful(summary) == {"deceived": ["silhouettes", "held_out"]}
