@@ -48,7 +48,7 @@ class Samples:
     bad_views: dict[int, torch.Tensor] = field(default_factory=dict)  # views (V, 3, S, S) of those with a NaN reward
 
     def scores(self) -> dict[str, torch.Tensor]:
-        """reward (N,), foreground (N, V), empty (N, V), where they are known lpips (N, V) and kl (N,), and (N,) of each judge."""
+        """reward (N,), foreground (N, V), empty (N, V); where they are known lpips (N, V), kl (N,), each judge (N,)."""
         scores = {"reward": self.reward, "foreground": self.foreground, "empty": self.empty}
         further = {"lpips": self.lpips, "kl": self.kl}
         return scores | {name: value for name, value in further.items() if value is not None} | self.judges
@@ -70,8 +70,9 @@ def collect_samples(
 ) -> Samples:
     """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
 
-    keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called
-    before each batch. judge: views (B, V, 3, S, S) -> {name: (B,)}, further scores. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
+    keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called before each
+    batch. judge: views (B, V, 3, S, S) -> {name: (B,)}, further scores. The trajectories wait for the update in host
+    memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
     None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
     """

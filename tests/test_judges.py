@@ -62,7 +62,7 @@ def test_the_hull_of_a_sphere_is_a_little_larger_than_the_sphere():
     cameras = mvdream_cameras(elevation=0.0)
     origins, directions = rays(cameras, 64)
     closest = (origins - (origins * directions).sum(-1, keepdim=True) * directions).norm(dim=-1)
-    hull = visual_hull((closest < 0.4).float()[None], cameras)[0]
+    hull = visual_hull((closest < 0.4).float().view(1, 4, 64, 64), cameras)[0]
     centre = (torch.arange(64) + 0.5) / 32 - 1
     radius = torch.stack(torch.meshgrid(centre, centre, centre, indexing="ij")).norm(dim=0)
     assert hull[radius < 0.36].all()
