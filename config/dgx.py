@@ -72,8 +72,9 @@ def fast() -> ConfigDict:
     """The published run at a third of its arithmetic: the same objective in expectation, from fewer of its terms.
 
     Every sample is painted as ever; 20 of its 100 steps, spread evenly, are trained on, and at 10 the base model is
-    asked."""
+    asked. Two samples at a time, which halves the memory and changes nothing else."""
     config = carve3d_train()
+    config.train.batch_size, config.sample.batch_size, config.sample.decode_batch_size = 2, 4, 4
     config.train.timestep_fraction = 0.2
     config.kl_timestep_fraction = 0.1
     return config

@@ -57,23 +57,23 @@ def test_without_a_compiler_it_says_what_is_missing(tmp_path):
 @pytest.mark.slow
 @pytest.mark.pretend_gpu
 @pytest.mark.parametrize(
-    ("run", "changes", "update", "everything", "hours"),
+    ("run", "changes", "gradients_gib", "update", "everything", "hours"),
     [
         # 100 backward passes of 15.4, and without gradients from painting 100 more passes of 13.5
-        ("carve3d_train", ["--config.train.gradients_while_painting=False"], 2898, 5621, "10.9"),
-        ("carve3d_train", [], 1543, 4267, "8.3"),
-        ("fast", [], 1543 / 5, 1815, "3.5"),
+        ("carve3d_train", ["--config.train.gradients_while_painting=False"], 58.7, 2898, 5621, "10.9"),
+        ("carve3d_train", [], 55.3, 1543, 4267, "8.3"),
+        ("fast", [], 27.7, 1543 / 5, 1815, "3.5"),
     ],
 )
-def test_the_published_run(run, changes, update, everything, hours):
+def test_the_published_run(run, changes, gradients_gib, update, everything, hours):
     command = [sys.executable, "-m", "tools.plan", "--config", f"config/dgx.py:{run}", "--gpus", "48", *changes]
     done = subprocess.run([*command, "--config.recon.name=grm"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     memory, flops = done.stdout.split("TFLOP per sample")
     gib = {name: float(value) for name, value in re.findall(r"^  ([\w ]+?) +(\d+\.\d\d)", memory, flags=re.M)}
     tflop = {name: float(value.replace(",", "")) for name, value in re.findall(r"^  (\w+) +(\S+)$", flops, flags=re.M)}
-    # saved for the backward pass of 4 samples without checkpointing, and the network at work
-    assert gib["update"] - gib["weights"] == pytest.approx(57, rel=0.05)
+    # saved for the backward pass of 4 samples, or 2, without checkpointing, and the network at work
+    assert gib["update"] - gib["weights"] == pytest.approx(gradients_gib, rel=0.02)
     assert tflop["policy"] == pytest.approx(1354, rel=0.02)  # 100 guided passes of 13.5
     assert tflop["update"] == pytest.approx(update, rel=0.02)
     assert tflop["all"] == pytest.approx(everything, rel=0.02) and f"{hours} hours" in flops
