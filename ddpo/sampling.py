@@ -86,7 +86,7 @@ def collect_samples(
         )
         bar.set_description("reward")
         middle = time.perf_counter()
-        result = reward_fn(trajectory.views, prompts[batch])
+        result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])
         good = is_finite(trajectory, result.reward)
         bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:

@@ -46,6 +46,14 @@ def train(values, environment=None):
     carve3d_train.Run(config).train()
 
 
+def recorded(file, function, *args):
+    """`function(*args)`, with what the process prints in a file."""
+    with open(file, "w") as stream:
+        for descriptor in (1, 2):
+            os.dup2(stream.fileno(), descriptor)
+    function(*args)
+
+
 def train_until(values, target, call, happens, environment=None):
     """`train`, where `happens()` is called with the `call`-th call of the function `target`, "module.name"."""
     module, _, name = target.rpartition(".")
