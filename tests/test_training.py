@@ -22,24 +22,11 @@ from config import base
 from ddpo.checkpoint import checkpoints, find_checkpoint, load_checkpoint
 from ddpo.pictures import load_views
 from tests import children
-from tests.tiny_models import LATENT, flags, make_world, settings
+from tests.tiny_models import LATENT, flags, settings
 
 ROOT = Path(__file__).resolve().parents[1]
 LORA = "pytorch_lora_weights.safetensors"
 DEADLINE = 600  # seconds; a run takes a few, but machines are busy
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def whole_run(world, tmp_path_factory):
-    """The folder of a run that nobody disturbed."""
-    logdir = tmp_path_factory.mktemp("whole")
-    assert children.run(children.train, settings(world, logdir)) == 0
-    return logdir / "run"
 
 
 def metrics(folder, kind=None):

@@ -321,6 +321,27 @@ def test_calibration_reaches_the_wanted_kl():
     assert 0.3 < logs[2]["kl_of_update"] / 0.01 < 3
 
 
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
+    """In the first step of two, without a loss scaler; Adam's moments stay finite too, and the second step is made."""
+    config, policy, accelerator = golden_config(CASES["A"]), lora_policy("lora_sampling"), Accelerator(cpu=True)
+    config.train.batch_size, config.train.gradient_accumulation_steps, config.train.timesteps_per_forward = 4, 1, 5
+    optimizer = accelerator.prepare(make_optimizer(policy, config))
+    before, spoil, calls = flat(policy.trainable_state().values()), iter([True, False]), []
+    backward, advantages = accelerator.backward, TENSORS["rollout/advantages"]
+
+    def spoiled_backward(loss):
+        backward(loss * torch.nan if next(spoil) else loss)
+
+    accelerator.backward = spoiled_backward
+    arguments = policy, optimizer, accelerator, golden_trajectory(), advantages, config
+    weights = lambda: calls.append(flat(policy.trainable_state().values())) or {}  # noqa: E731
+    logs = update(*arguments, torch.Generator().manual_seed(0), weights)
+    assert [log["step_skipped"] for log in logs] == [True, False] and math.isnan(logs[0]["grad_norm"])
+    assert len(calls) == 1 and calls[0].isfinite().all() and not torch.equal(calls[0], before)
+    state = optimizer.state_dict()["state"].values()
+    assert all(value.isfinite().all() for moments in state for value in moments.values())
+
+
 def test_a_step_that_the_loss_scaler_skipped_is_named_and_calibrates_nothing():
     """A gradient that overflows in the first step of two."""
     config, policy, accelerator = golden_config(CASES["A"]), lora_policy("lora_sampling"), Accelerator(cpu=True)
