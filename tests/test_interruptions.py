@@ -319,14 +319,14 @@ def test_two_processes_stop_together_and_do_not_outlive_their_launcher(world, tm
     wait_for(lambda: not any(is_alive(pid) for pid in workers), 20)
 
 
-MOMENTS = {
-    "painting": ("ddpo.sampling.rollout", 9),
-    "judging": ("mrc.mrc.MRC.__call__", 9),
-    "updating": ("ddpo.update.ppo_loss", 24),
-    "writing pictures": ("ddpo.pictures.Image.fromarray", 12),
-    "saving weights": ("ddpo.checkpoint.save_file", 3),
-    "saving the optimizer": ("torch.save", 3),
-    "naming a checkpoint": ("os.fsync", 12),
+MOMENTS = {  # what a process does when it dies -> in which call of what, at most
+    "painting": ("ddpo.sampling.rollout", 5),
+    "judging": ("mrc.mrc.MRC.__call__", 5),
+    "updating": ("ddpo.update.ppo_loss", 9),
+    "writing pictures": ("ddpo.pictures.Image.fromarray", 8),
+    "saving weights": ("ddpo.checkpoint.save_file", 2),
+    "saving the optimizer": ("torch.save", 2),
+    "naming a checkpoint": ("os.fsync", 8),
 }
 
 
@@ -334,33 +334,38 @@ MOMENTS = {
 @pytest.mark.parametrize("processes", [1, 2])
 def test_twenty_kills_at_random_moments_change_nothing(world, tmp_path, processes):
     """One process dies by itself, in a random one of `MOMENTS` and at a random call, and takes the others with it."""
-    epochs, rng, tally = 12, random.Random(processes), []
+    rng, tally, run, undisturbed = random.Random(processes), [], tmp_path / "run", tmp_path / "whole"
+    small = dict(num_epochs=6, val_freq=3, save_freq=2, prompts__num_train=2, sample__num_steps=2, sample__batch_size=2)
+    small |= dict(sample__total_batch_size=4, train__total_batch_size=4, train__batch_size=2, sample__save_images=1)
+    small |= dict(prompts__val_file=str(world / "test.txt"))
 
-    def train(run_name, *args, **changes):
-        function = children.train_until if args else children.train
-        values = settings(world, tmp_path, run_name=run_name, num_epochs=epochs, val_freq=4, save_freq=2, **changes)
-        return children.start_ranks(function, processes, values, *args)
+    def train(name, *death):
+        values = settings(world, tmp_path, run_name=name, resume_from="auto", **small)
+        return children.start_ranks(children.train_until if death else children.train, processes, values, *death)
 
-    for undisturbed in train("whole"):
-        undisturbed.join(DEADLINE)
-        assert undisturbed.exitcode == 0
+    def end(ranks):
+        for rank in ranks:
+            rank.join(DEADLINE)
+            assert rank.exitcode == 0
+
+    end(train("whole"))
     while len(tally) < 20:
         stage = rng.choice(list(MOMENTS))
         target, calls = MOMENTS[stage]
-        ranks = train("run", target, rng.randint(1, calls), children.die, resume_from="auto")
+        ranks = train("run", target, rng.randint(1, calls), children.die)
         wait_for(lambda ranks=ranks: any(rank.exitcode is not None for rank in ranks))
-        for rank in ranks:
-            rank.kill()
-            rank.join()
-        if all(rank.exitcode == 0 for rank in ranks):
-            subprocess.run(["rm", "-r", str(tmp_path / "run")], check=True)  # it ended before its moment: again
-        else:
-            tally.append((stage, [path.name[-4:] for path in checkpoints(tmp_path / "run")][-1:]))
-    for last in train("run", resume_from="auto"):
-        last.join(DEADLINE)
-        assert last.exitcode == 0
+        if any(rank.exitcode == -signal.SIGKILL for rank in ranks):
+            for rank in ranks:
+                rank.kill()
+                rank.join()
+            tally.append(f"{stage}, resumed from {checkpoints(run)[-1].name if checkpoints(run) else 'nothing'}")
+        else:  # it ended before its moment: the next one begins anew
+            end(ranks)
+            ends_alike(run, undisturbed)
+            subprocess.run(["rm", "-r", str(run)], check=True)
+    end(train("run"))
     print(*tally, sep="\n")
-    ends_alike(tmp_path / "run", tmp_path / "whole")
+    ends_alike(run, undisturbed)
 
 
 @pytest.mark.slow
