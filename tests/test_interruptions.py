@@ -507,7 +507,7 @@ def test_a_run_resumes_with_its_calibration_on_or_off(world, tmp_path):
     on = dict(train__kl_per_update=0.01, train__kl_calibration_updates=3)
     for first, then in ((on, on), (on, {}), ({}, on), ({}, {})):
         name = f"{len(first)}{len(then)}"
-        values = settings(world, tmp_path, run_name=name, num_epochs=3, **first)
+        values = settings(world, tmp_path, run_name=name, num_epochs=5, **first)
         assert children.run(children.train_until, values, "ddpo.update.ppo_loss", 9, children.die) == -signal.SIGKILL
         values = settings(world, tmp_path, run_name=name, num_epochs=5, resume_from="auto", **then)
         assert children.run(children.train, values) == 0

@@ -1,32 +1,40 @@
-"""torchrun for carve3d_train.sh: it says nothing of its own and ends with the exit status of what it started.
+"""torchrun, but it ends as its processes end: with their exit status, and with nothing after what they have said.
 
-    python -m tools.launch --nproc_per_node 2 --standalone carve3d_train.py --config config/tiny.py
+    python -m tools.launch --nproc_per_node 8 carve3d_train.py --config ...    (flags of torchrun, then the command)
 
-The flags are those of torchrun. A signal is passed on to the processes, which have an hour to finish their epoch and
-save; then, as shells count it, the exit status is 128 + its number. If this launcher is killed, so are they.
+A signal is passed on to the processes, which have an hour to finish their epoch and save; the exit status is then 128 +
+its number, as shells count it. If this launcher is killed, so are they. After an error whose traceback is above,
+torchrun's summary says which process it was.
 """
 
+import logging
 import os
+import signal
 import sys
-
-os.environ.setdefault("LOGLEVEL", "CRITICAL")  # torchrun's own, read when it is imported
-os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "3600")  # seconds from the signal to the kill; torchrun: 30
+import tempfile
 
 from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+GRACE = 3600  # seconds from a signal to the kill
+SAID = (2, *(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))  # with a sentence
 
-def main() -> None:
-    """Run until the processes end, and exit with their status."""
+
+def main(arguments: list[str] | None = None) -> None:
+    """arguments: None for those of the command line."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    logging.disable(logging.ERROR)  # of this process alone, where torchrun says more than once what its summary says
     os.environ["CARVE3D_LAUNCHER"] = str(os.getpid())  # see ddpo.stopping.end_with_launcher
     try:
-        run.run(run.parse_args(sys.argv[1:]))
+        # a folder of its own, which torchrun itself would leave behind
+        with tempfile.TemporaryDirectory(prefix="carve3d_launch_") as folder:
+            run.main(["--log_dir", folder, "--shutdown_timeout", str(GRACE), *arguments])
     except SignalException as received:
         sys.exit(128 + received.sigval)
-    except ChildFailedError as failed:
-        status = failed.get_first_failure()[1].exitcode
-        sys.exit(status if status >= 0 else 128 - status)  # negative: killed by a signal
+    except ChildFailedError as error:
+        found = {failure.exitcode for failure in error.failures.values()}
+        sys.exit(next((status for status in SAID if status in found), str(error)))
 
 
 if __name__ == "__main__":
