@@ -84,8 +84,10 @@ class Stopping:
             if self.failure is not None:
                 raise self._cannot_write()
             return
-        notes = torch.tensor([[self.signal, self.failure is not None]], device=self.accelerator.device)
-        number, failed = self.accelerator.gather(notes).amax(0).tolist()
+        number, failed = self.signal, self.failure is not None
+        if self.accelerator.num_processes > 1:
+            notes = torch.tensor([[number, failed]], device=self.accelerator.device)
+            number, failed = self.accelerator.gather(notes).amax(0).tolist()
         if failed:
             raise SystemExit(1) if self.failure is None else self._cannot_write()
         if number:
