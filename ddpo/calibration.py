@@ -47,7 +47,7 @@ class StepCalibration:
         return {"kl_per_update": self.config.train.kl_per_update, "done": self.done}
 
     def load_state_dict(self, state: dict, learning_rate: float) -> None:
-        """Go on from `state_dict()` and the learning rate that it had led to.
+        """Continue from `state_dict()` and the learning rate that it had led to.
 
         If it was off then, or is off now, config.train.learning_rate counts and nothing is taken over. If another KL is
         wanted now, it is calibrated anew, from the rate that there was."""

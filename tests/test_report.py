@@ -156,7 +156,7 @@ def test_a_change_is_a_paired_comparison():
     change = Change.between([-0.2, -0.1, -0.3, float("nan")], [-0.1, -0.05, -0.12, 0.0])
     assert change.before == pytest.approx(-0.2) and change.after == pytest.approx(-0.09)
     assert change.before_se == pytest.approx(0.1 / math.sqrt(3)) and change.relative == "+55.0 %"
-    assert change.p == pytest.approx(0.1006, abs=1e-3) and change.verdict == "did not measurably change"
+    assert change.p == pytest.approx(0.1006, abs=1e-3) and change.direction == "did not measurably change"
 
 
 def test_the_first_screen_says_whether_judges_agree(tmp_path, views):
@@ -176,7 +176,7 @@ def test_a_judge_whose_distance_falls_has_risen(tmp_path, views):
     run = make_run(tmp_path / "run", views, judges={"distance": -0.02})
     for file in run.glob("validation/*/scores.json"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"lower_is_better": ["distance"]}))
-    assert changes(read_run(run))["distance"].verdict == "rose"
+    assert changes(read_run(run))["distance"].direction == "rose"
 
 
 def test_a_control_is_called_one(page, run_folder):

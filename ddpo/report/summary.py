@@ -57,7 +57,7 @@ class Change:
         return f"{100 * self.difference / abs(self.before):+.1f} %" if self.before else ""
 
     @property
-    def verdict(self) -> str:
+    def direction(self) -> str:
         """One of "rose", "fell" and "did not measurably change"."""
         if self.p is None or self.p >= SIGNIFICANT:
             return "did not measurably change"
@@ -96,14 +96,14 @@ def headline(run: Run, found: dict[str, Change]) -> str:
     if run.is_control:
         what += " with shuffled advantages (a control: nothing can be learned from them)"
     reward = found["reward"]
-    return f"After {what} the {_reward_name(run)} of {count} validation captions {reward.verdict}{reward}."
+    return f"After {what} the {_reward_name(run)} of {count} validation captions {reward.direction}{reward}."
 
 
 def controls(runs: Sequence[Run], found: dict[str, dict[str, Change]]) -> str:
     """What the controls among several runs did, in a sentence each, or how to get one."""
     sentences = [
         f"In the control {run.name}, whose advantages were shuffled, the reward "
-        f"{found[run.name]['reward'].verdict}{found[run.name]['reward']}."
+        f"{found[run.name]['reward'].direction}{found[run.name]['reward']}."
         for run in runs
         if run.is_control and "reward" in found[run.name]
     ]
@@ -122,10 +122,10 @@ def agreement(found: dict[str, Change]) -> str:
             "No judge other than the reward was recorded, so whether more than the reward changed must be seen in the "
             "pictures, or be measured with python -m tools.evaluate --judge."
         )
-    reward = found["reward"].verdict
-    verdicts = {name: change.verdict for name, change in judges.items()}
-    said = ", ".join(f"{name} {verdict}" for name, verdict in verdicts.items())
-    if set(verdicts.values()) == {reward}:
+    reward = found["reward"].direction
+    directions = {name: change.direction for name, change in judges.items()}
+    said = ", ".join(f"{name} {direction}" for name, direction in directions.items())
+    if set(directions.values()) == {reward}:
         return f"The reward and the judges agree: the reward {reward}, and so did {_and(list(judges))}."
     return f"The reward and the judges do not agree: the reward {reward}, but {said}."
 
