@@ -133,7 +133,7 @@ def get_config(name: str = "carve3d_train") -> ConfigDict:
     """
     with_sizes = (data_size, batch_size, kl_coefficient, multi_round)
     pairs = (instant3d_grm, instant3d_instantmesh, mvdream_lgm, mvdream_instantmesh)
-    runs = {run.__name__: run for run in (carve3d_train, fast, *with_sizes, *pairs)}
+    runs = {run.__name__: run for run in (carve3d_train, *with_sizes, fast, *pairs)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
         raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")

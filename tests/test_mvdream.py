@@ -297,7 +297,7 @@ def test_a_command_that_fails_leaves_nothing(ldm, tokenizer, tmp_path, monkeypat
     "what, message",
     [
         ("truncated", "download it again"),
-        ("code", r"could not be read .*, and no code in it was run, because it holds pathlib\S* besides tensors"),
+        ("code", r"was refused, and no code in it was run, because it holds pathlib\S* besides tensors"),
         ("another", "model.diffusion_model"),
         ("no tokenizer", "has no vocab.json: give with --tokenizer, or for a run with config.pretrained.tokenizer"),
         ("other tokenizer", "has 108 tokens instead of 99"),
@@ -342,6 +342,7 @@ def mvdream_run(world, tmp_path_factory):
         sample__total_batch_size=4,
         train__total_batch_size=4,
         per_prompt_stat_tracking__min_count=1,
+        train__gradients_while_painting=False,
     )
     assert children.run(children.train, values) == 0
     return logdir / "run"

@@ -68,7 +68,7 @@ def log_two_epochs(tracker, folder):
     samples = SimpleNamespace(images={"views": torch.zeros(1, 4, 3, 8, 8, dtype=torch.uint8)}, reward=torch.zeros(1))
     for epoch in (1, 2):
         updates = [{"loss": 10.0 * epoch + i, "grad_norm": 1.0, "step_skipped": False} for i in range(2)]
-        log.epoch(epoch, samples, ["a cube"], scores, updates, 1e-3, {"sampling": 1.0})
+        log.epoch(epoch, samples, ["a cube"], scores, updates, {"sampling": 1.0})
     return log
 
 

@@ -35,6 +35,7 @@ def apply(watch: Watch) -> None:
     torch.cuda.is_available = lambda: True
     torch.cuda.is_bf16_supported = lambda *args, **kwargs: True
     torch.cuda.device_count = lambda: 1
+    torch.cuda.get_device_name = lambda *args: "pretend GPU"
     torch.cuda.current_device = lambda: 0
     for name in ("set_device", "synchronize", "empty_cache"):
         setattr(torch.cuda, name, lambda *args: None)
