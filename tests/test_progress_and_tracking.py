@@ -67,7 +67,9 @@ def log_two_epochs(tracker, folder):
     scores = {"reward": np.zeros(2), "foreground": np.ones((2, 4)), "empty": np.zeros((2, 4))}
     samples = SimpleNamespace(images={"views": torch.zeros(1, 4, 3, 8, 8, dtype=torch.uint8)}, reward=torch.zeros(1))
     for epoch in (1, 2):
-        updates = [{"loss": 10.0 * epoch + i, "grad_norm": 1.0, "step_skipped": False} for i in range(2)]
+        updates = [
+            {"loss": 10.0 * epoch + i, "grad_norm": 1.0, "learning_rate": 1e-3, "step_skipped": False} for i in range(2)
+        ]
         log.epoch(epoch, samples, ["a cube"], scores, updates, {"sampling": 1.0})
     return log
 
