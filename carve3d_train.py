@@ -22,7 +22,7 @@ import torch
 
 from config import cli
 from config.batches import batch_table
-from config.validate import validate
+from config.validate import check_run_places, validate
 from ddpo.advantages import compute_advantages
 from ddpo.calibration import StepCalibration, check_clip_range
 from ddpo.checkpoint import check_validation_prompts, find_checkpoint, load_run, new_run_folder, save_run
@@ -52,6 +52,7 @@ class Run:
 
     def __init__(self, config):
         self.config = config
+        check_run_places(config)
         checkpoint = None
         if config.resume_from:
             checkpoint = find_checkpoint(config.resume_from, config.resume_previous_if_damaged)

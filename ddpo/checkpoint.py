@@ -28,6 +28,7 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 
+from config.errors import MissingFileError, UserError
 from ddpo.setup import adam_settings
 
 PREFIX = "checkpoint_"
@@ -35,7 +36,7 @@ PARTIAL = "partial_"
 FILES = {"weights.safetensors", "optimizer.pt", "run.json"}
 
 
-class DamagedCheckpoint(ValueError):
+class DamagedCheckpoint(UserError):
     """A checkpoint folder that is incomplete or not what was written."""
 
 
@@ -47,7 +48,7 @@ def new_run_folder(config: ConfigDict, accelerator: Accelerator) -> Path:
     name = config.run_name or gather_object([datetime.datetime.now().strftime("%Y.%m.%d_%H.%M.%S")])[0]
     folder = Path(config.logdir) / name
     if checkpoints(folder) or (folder / "metrics.jsonl").exists():
-        raise ValueError(
+        raise UserError(
             f"{folder} already holds a run: choose another config.run_name, or set config.resume_from to "
             f"{str(folder)!r} to resume it"
         )
@@ -75,7 +76,7 @@ def check_validation_prompts(checkpoint: Path, prompts: list[str]) -> None:
     of one run are compared prompt by prompt."""
     found = json.loads((checkpoint / "run.json").read_text()).get("validation_prompts", prompts)
     if found != prompts:
-        raise ValueError(
+        raise UserError(
             f"config.prompts.val_file has other prompts ({len(prompts)}) than those that {checkpoint.parent} was "
             f"validated on ({len(found)}): resume with the run's own val_file, and use python -m tools.evaluate for "
             f"other prompts"
@@ -144,7 +145,7 @@ def find_checkpoint(path: str | Path, previous_if_damaged: bool = False) -> Path
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"config.resume_from = {str(path)!r} does not exist: give a run's folder or one of its checkpoint folders"
         )
     single = _epochs(path) is not None
@@ -152,7 +153,7 @@ def find_checkpoint(path: str | Path, previous_if_damaged: bool = False) -> Path
     if single:
         found = found[: found.index(path) + 1]
     if not found:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"config.resume_from = {str(path)!r} holds no checkpoint: give a run's folder or one of its checkpoint "
             f"folders"
         )

@@ -8,6 +8,8 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from config.errors import MissingFileError, UserError
+from diffusers_patch.checks import check_ldm_tokenizer
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
 from recon.weights import read_weights
 
@@ -63,7 +65,7 @@ def load_mvdream_pipeline(
     tokenizer: folder of CLIP's tokenizer, for an ldm file only, which has none.
     dtype, variant: as in diffusers, for a stock pipeline only; the other layouts are read as they are.
     ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
-    Raises FileNotFoundError or ValueError with one sentence.
+    Raises MissingFileError or UserError with one sentence.
     """
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
@@ -122,21 +124,17 @@ def _unet_weights(source, revision):
                 continue
         if file.is_file():
             return read_weights(file)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{source} has neither {' nor '.join(f'unet/{name}' for name in WEIGHT_FILES)}: give a "
         f"complete folder or hub id of MVDream"
     )
 
 
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
-    if not tokenizer or not (Path(tokenizer) / "vocab.json").is_file():
-        raise FileNotFoundError(
-            f"{file.name} is an ldm file, which has no tokenizer, and {tokenizer or 'nothing'!r} has no "
-            f"vocab.json: give a folder with CLIP's tokenizer (that of any Stable Diffusion)"
-        )
+    check_ldm_tokenizer(file, tokenizer)
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
-        raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
+        raise UserError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
     painter = convert_mvdream_unet(weights, **(unet or {}))
     decoder = AutoencoderKL(**{**VAE, **(vae or {})})
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)
@@ -161,7 +159,7 @@ def _load(model, state, file):
     problems = model.load_state_dict(state, strict=False)
     missing = [key for key in problems.missing_keys if not key.endswith("position_ids")]
     if missing or problems.unexpected_keys:
-        raise ValueError(
+        raise UserError(
             f"{file} does not hold a complete {type(model).__name__}: {len(missing)} weights are missing "
             f"{missing[:3]}, {len(problems.unexpected_keys)} unknown {problems.unexpected_keys[:3]}; give "
             f"MVDream's sd-v2.1-base-4view.pt"

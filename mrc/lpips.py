@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
+
+from config.errors import MissingFileError, UserError
+from recon.weights import check_weights, read_weights
 
 WEIGHTS = Path(__file__).parent / "weights" / "lpips_alex_v0.1.safetensors"
 RELUS = (1, 4, 7, 9, 11)  # the layers of AlexNet whose outputs are compared
@@ -21,7 +23,8 @@ class LPIPS(nn.Module):
         `lin0.weight` ... `lin4.weight` (1, C, 1, 1); None or "" takes the weights that ship with the project.
     chunk_size: how many pairs of images go through AlexNet at once; bounds memory, does not change the result.
 
-    The parameters are frozen; gradients with respect to the images flow. Raises FileNotFoundError without the file.
+    The parameters are frozen; gradients with respect to the images flow. Raises MissingFileError without the file, and
+    UserError if it holds something else.
     """
 
     def __init__(self, checkpoint: str | Path | None = None, chunk_size: int = 64):
@@ -48,11 +51,17 @@ class LPIPS(nn.Module):
 
         checkpoint = Path(checkpoint or WEIGHTS)
         if not checkpoint.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"mrc.lpips_checkpoint: no file {checkpoint}; leave the key empty to use the weights "
                 f"that ship with the project ({WEIGHTS.name})."
             )
-        self.load_state_dict(load_file(checkpoint))
+        try:
+            weights = read_weights(checkpoint)
+            shapes = {key: value.shape for key, value in self.state_dict().items()}
+            check_weights(weights, shapes, "LPIPS with AlexNet", "a file like the one that ships with the project")
+        except UserError as error:
+            raise UserError(f"config.mrc.lpips_checkpoint = {str(checkpoint)!r} cannot be used: {error}") from error
+        self.load_state_dict(weights)
         self.requires_grad_(False).eval()
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ sd-v2.1-base-4view.pt, which has no tokenizer, so that a folder with CLIP's must
 import argparse
 
 from config.cli import one_sentence
+from config.validate import check_folder
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 
 
@@ -20,6 +21,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="")
     parser.add_argument("--revision", default=None)
     args = parser.parse_args()
+    check_folder("OUT", args.out)
     load_mvdream_pipeline(args.source, args.revision, args.tokenizer).save_pretrained(args.out)
     print(f"wrote {args.out}: train it with --config.painter.name=mvdream --config.pretrained.model={args.out}")
 
