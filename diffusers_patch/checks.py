@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from config.errors import MissingFileError, UserError
 from recon import reconstructor_cameras
 from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, mvdream_cameras
-from recon.weights import check_torch_file, read_json, read_weights, weight_shapes
+from recon.weights import check_hub, check_torch_file, read_json, read_weights, weight_shapes
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STOCK_LIBRARIES = {"diffusers", "transformers", None}
@@ -79,7 +79,7 @@ def check_cameras(config: ConfigDict) -> None:
 def check_painter_files(config: ConfigDict) -> None:
     """Refuse a config.pretrained whose files are missing, damaged or of something else, from names and headers alone.
 
-    Nothing is said of a hub id. Raises UserError, or MissingFileError."""
+    Of a hub id it is said only whether it can be downloaded. Raises UserError, or MissingFileError."""
     pretrained, name = config.pretrained, config.painter.name
     folder = Path(pretrained.model)
     if folder.is_file():
@@ -87,6 +87,10 @@ def check_painter_files(config: ConfigDict) -> None:
     elif folder.is_dir():
         _check_folder(folder, name)
         check_timesteps(read_json(folder / "scheduler" / "scheduler_config.json", WHOLE), config.sample.num_steps)
+    else:
+        check_hub("config.pretrained.model", pretrained.model, pretrained.revision)
+    if pretrained.vae:
+        _check_vae(pretrained.vae)
     if pretrained.lora:
         files = sorted((folder / "unet").glob("*.safetensors"))
         shapes = {key: shape for file in files for key, shape in weight_shapes(file).items()}
@@ -134,7 +138,7 @@ def _check_folder(folder, name):
     elif name != "mvdream":  # the published MVDream has a UNet and a pipeline of its own, which are converted
         raise UserError(f"{said} has a unet that is no UNet2DConditionModel of diffusers: {WHOLE}")
     for part in kind.models:
-        _check_part(folder / part, f"{said} has no weights in {part}")
+        _check_part(folder / part, f"{said} has no weights in {part}: {WHOLE}")
     for part in kind.tokenizers:
         if not any((folder / part / file).is_file() for file in ("tokenizer.json", "vocab.json")):
             raise MissingFileError(f"{said} has neither {part}/tokenizer.json nor {part}/vocab.json: {WHOLE}")
@@ -158,6 +162,7 @@ def _check_index(index, name, said):
 
 
 def _check_part(folder, complaint):
+    """complaint: of a folder without weights."""
     files = sorted(folder.glob("*.safetensors"))
     for file in files:
         weight_shapes(file)
@@ -166,7 +171,21 @@ def _check_part(folder, complaint):
         for file in pickles:
             check_torch_file(file, "give weights as safetensors")
         if not pickles:
-            raise MissingFileError(f"{complaint}: {WHOLE}")
+            raise MissingFileError(complaint)
+
+
+def _check_vae(source):
+    folder, said = Path(source), f"config.pretrained.vae = {source!r}"
+    if not folder.exists():
+        check_hub("config.pretrained.vae", source)
+        return
+    wanted = "give a folder with a VAE's config.json and weights, a hub id, or '' for the painter's own"
+    if not (folder / "config.json").is_file():
+        raise MissingFileError(f"{said} has no config.json: {wanted}")
+    found = read_json(folder / "config.json", wanted).get("_class_name", "no model of diffusers")
+    if found != "AutoencoderKL":
+        raise UserError(f"{said} holds {found}: give an AutoencoderKL")
+    _check_part(folder, f"{said} has no weights: {wanted}")
 
 
 ###### LoRAs ######

@@ -12,11 +12,10 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import list_repo_files
-from huggingface_hub.errors import HfHubHTTPError
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
-from config.errors import MissingFileError, UserError, first_line
+from config.errors import UserError, first_line
 from diffusers_patch.checks import check_cameras as check_cameras
 from diffusers_patch.checks import check_painter_files, check_timesteps, painter_cameras, read_lora
 from diffusers_patch.ddim_with_logprob import check_scheduler
@@ -91,7 +90,7 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
 @contextlib.contextmanager
 def _reading(key: str, source: str, wanted: str) -> Iterator[None]:
     """Inside, a library reads `source`, the value of `key`: errors of many kinds, which do not name it, become a
-    UserError or a MissingFileError that does.
+    UserError that does.
 
     They may advise to run code that is in the files, which is never done here."""
     try:
@@ -101,23 +100,7 @@ def _reading(key: str, source: str, wanted: str) -> Iterator[None]:
     except Exception as error:
         if any(advice in str(error) for advice in ("trust_remote_code", "weights_only")):
             raise UserError(f"{key} = {source!r} brings code of its own, which is never run: give {wanted}") from error
-        if Path(source).exists():
-            raise UserError(f"{key} = {source!r} could not be read ({first_line(error)}): give {wanted}") from error
-        raise MissingFileError(
-            f"{key} = {source!r} is no local folder and could not be downloaded ({_network_trouble(error)}): connect "
-            f"this machine to the network, or give {wanted}"
-        ) from error
-
-
-def _network_trouble(error: BaseException) -> str:
-    """What went wrong in a download, which libraries report as a consequence of a consequence."""
-    causes = [error]
-    while causes[-1].__cause__ or causes[-1].__context__:
-        causes.append(causes[-1].__cause__ or causes[-1].__context__)
-    known = [cause for cause in causes if isinstance(cause, HfHubHTTPError)]
-    if known:
-        return first_line(known[-1])
-    return "no network, or the hub cannot be reached" if len(causes) > 1 else first_line(error)
+        raise UserError(f"{key} = {source!r} could not be read ({first_line(error)}): give {wanted}") from error
 
 
 def loading_options(config: ConfigDict) -> dict:

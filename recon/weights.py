@@ -11,8 +11,10 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
@@ -110,8 +112,12 @@ def read_json(file: str | Path, remedy: str) -> dict:
 def check_checkpoint(checkpoint: str | Path) -> None:
     """Refuse a file or folder of weights, from names and headers alone, in which some file is damaged or holds code.
 
-    Nothing is said of a hub id, nor of what else the folder should have. Raises UserError."""
+    Nothing is said of what else the folder should have. Raises UserError, or MissingFileError for a hub id that cannot
+    be downloaded."""
     path = Path(checkpoint)
+    if not path.exists():
+        check_hub("config.recon.checkpoint", str(checkpoint))
+        return
     for file in sorted(path.iterdir()) if path.is_dir() else [path]:
         if file.suffix == ".safetensors":
             weight_shapes(file)
@@ -146,13 +152,44 @@ def find_file(checkpoint: str | Path, name: str, remedy: str) -> Path:
         if (path / name).is_file():
             return path / name
         raise MissingFileError(f"{str(checkpoint)!r} does not exist or has no {name}: give {remedy}.")
+    trouble = hub_trouble(str(checkpoint))
     try:
-        return Path(hf_hub_download(str(checkpoint), name))
-    except (OSError, ValueError, HfHubHTTPError) as error:
+        if not trouble:
+            return Path(hf_hub_download(str(checkpoint), name))
+    except Exception as error:  # of many kinds, not all of them OSErrors
+        trouble = first_line(error)
+    raise MissingFileError(
+        f"{name} of {str(checkpoint)!r}, which is not a local path, could not be downloaded ({trouble}): give {remedy}."
+    )
+
+
+def hub_trouble(source: str, revision: str | None = None) -> str:
+    """Why the hub id `source` cannot be downloaded, in words; "" if it can, or if there is something of it in the cache.
+
+    The hub is asked once, where a download would ask for half a minute."""
+    if (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model") / "snapshots").is_dir():
+        return ""
+    try:
+        HfApi().model_info(source, revision=revision, timeout=10)
+    except RepositoryNotFoundError:
+        return "the hub has no such repository, or it is private"
+    except RevisionNotFoundError:
+        return f"it has no revision {revision!r}"
+    except HfHubHTTPError as error:
+        return first_line(error)
+    except Exception as error:
+        return f"no network: {first_line(error)}"
+    return ""
+
+
+def check_hub(key: str, source: str, revision: str | None = None) -> None:
+    """Raise MissingFileError if the hub id `source`, the value of `key`, cannot be downloaded; see `hub_trouble`."""
+    trouble = hub_trouble(source, revision)
+    if trouble:
         raise MissingFileError(
-            f"{name} of {str(checkpoint)!r}, which is not a local path, could not be downloaded "
-            f"({first_line(error)}): give {remedy}."
-        ) from error
+            f"{key} = {source!r} is no local folder, and as a hub id it cannot be downloaded ({trouble}): connect this "
+            f"machine to the network, or give a folder or another hub id"
+        )
 
 
 def differences(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> str:

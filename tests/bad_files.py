@@ -80,6 +80,12 @@ def make_painters(folder, executed):
     (folder / "bad_scheduler/scheduler/scheduler_config.json").write_text("{")
     copy_of(painter, folder / "other_unet", without=[UNET])
     (folder / "other_unet" / UNET).symlink_to(TINY / "mvdream" / UNET)
+    copy_of(painter, folder / "leading", without=["scheduler"])
+    scheduler = json.loads((painter / "scheduler/scheduler_config.json").read_text())
+    (folder / "leading/scheduler").mkdir()
+    (folder / "leading/scheduler/scheduler_config.json").write_text(
+        json.dumps({**scheduler, "timestep_spacing": "leading"})
+    )
     index = json.loads((painter / "model_index.json").read_text())
     code = f"open({str(executed)!r}, 'w')\n"
     copy_of(painter, folder / "code", without=["model_index.json"])

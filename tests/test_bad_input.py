@@ -1,5 +1,5 @@
 """A mistake of the user gets one sentence that names the key or file, what was found and what to do, as the only line,
-with exit status 2, before anything slow, and nothing is left behind. The whole list, through the commands themselves."""
+with exit status 2, before anything slow, and nothing is left behind. The whole list, through the commands."""
 
 from dataclasses import dataclass, field
 
@@ -78,6 +78,8 @@ FLAGS = [
     Bad("infinite learning rate", "--config.train.learning_rate=inf", ("config.train.learning_rate", "inf")),
     Bad("no such device", "--config.recon.device=gpu", ("config.recon.device", "'gpu'", "cuda:1")),
     Bad("device that is not there", "--config.recon.device=cuda:7", ("config.recon.device", "'cuda:7'")),
+    Bad("steps outside the scheduler's table", "--config.sample.num_steps=1000 --config.pretrained.lora= "
+        "--config.pretrained.model={bad}/painter/leading", ("config.sample.num_steps", "1000", "999 or less")),
     Bad("fp16 without a GPU", "--config.mixed_precision=fp16", ("config.mixed_precision", "GPU", "bf16")),
     Bad("fp16 reconstructor without a GPU", "--config.recon.dtype=fp16", ("config.recon.dtype", "GPU", "bf16")),
     Bad("8-bit Adam without a GPU", "--config.train.use_8bit_adam=True", ("config.train.use_8bit_adam", "GPU")),
@@ -119,7 +121,9 @@ PAINTER = [
         ("tiny/weights/painter", "StableDiffusionXLPipeline", "config.painter.name", "'mv_sdxl'")),
     Bad("file given as mv_sdxl", "--config.pretrained.model={bad}/file", ("is a file", "convert_instant3d")),
     Bad("hub id without a network", "--config.pretrained.model=someone/painter",
-        ("config.pretrained.model", "someone/painter", "network", "folder"), loads=True),
+        ("config.pretrained.model", "someone/painter", "no network", "give a folder")),
+    Bad("hub id of a VAE without a network", "--config.pretrained.vae=someone/vae",
+        ("config.pretrained.vae", "someone/vae", "no network", "give a folder")),
     Bad("harmful ldm file", MVDREAM + " --config.pretrained.model={bad}/painter/ldm.pt "
         "--config.pretrained.tokenizer=tiny/weights/mvdream/tokenizer", ("ldm.pt", "no code in it was run"),
         loads=True),
@@ -144,6 +148,8 @@ PAINTER = [
 
 JUDGE = [
     Bad("reconstructor truncated", recon("truncated"), ("recon/truncated/model.safetensors", "incomplete"), loads=True),
+    Bad("hub id of a reconstructor without a network", "--config.recon.checkpoint=someone/lrm",
+        ("config.recon.checkpoint", "someone/lrm", "no network", "give a folder")),
     Bad("reconstructor that is another model", recon("other"), ("recon/other", "TinyLRM"), loads=True),
     Bad("reconstructor that is a pickle", recon("pickle"), ("recon/pickle/model.safetensors",), loads=True),
     Bad("configuration that is not JSON", recon("config_not_json"), ("config_not_json/config.json",), loads=True),

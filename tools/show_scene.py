@@ -46,8 +46,8 @@ def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
     count: how many the reconstructor wants. Raises UserError or MissingFileError."""
     if len(files) != count:
         raise UserError(
-            f"{len(files)} picture{'s' * (len(files) != 1)} given, but the reconstructor wants {count}: give one for each "
-            f"of its cameras"
+            f"{len(files)} picture{'s' * (len(files) != 1)} given, but the reconstructor wants {count}: give one for "
+            f"each of its cameras"
         )
     views = []
     for file in files:
