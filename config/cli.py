@@ -107,7 +107,7 @@ def _config_first(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def _reason(message: str, file: str) -> str:
     """The cause in one line, where absl and config_flags report a whole traceback as text."""
-    errors = re.findall(r"^\s*(\w+(?:Error|Exception)): (.*)$", message, flags=re.MULTILINE)
+    errors = re.findall(r"^\s*(?:\w+\.)*(\w+(?:Error|Exception)): (.*)$", message, flags=re.MULTILINE)
     if errors:
         kind, cause = errors[-1]
         if kind == "UserError":

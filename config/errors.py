@@ -3,6 +3,9 @@
 A message names the key, flag or file, what was found, what is allowed and what to do.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: a flag, a key, a file, a place."""
@@ -14,6 +17,15 @@ class MissingFileError(UserError, FileNotFoundError):
 
 class UnwritableError(UserError, OSError):
     """A place that the user named and that cannot be written."""
+
+
+@contextlib.contextmanager
+def about(name: str, value: str) -> Iterator[None]:
+    """Inside, a UserError about a file gets the `name` of the key or flag in front whose `value` led to that file."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(f"{name} = {value!r} cannot be used: {str(error).rstrip('.')}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 
-from config.errors import MissingFileError, UserError
+from config.errors import MissingFileError, UserError, about
 from recon import reconstructor_cameras
 from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, mvdream_cameras
-from recon.weights import check_hub, check_torch_file, read_json, read_weights, weight_shapes
+from recon.weights import check_checkpoint, check_hub, check_torch_file, read_json, read_weights, weight_shapes
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 STOCK_LIBRARIES = {"diffusers", "transformers", None}
@@ -120,6 +120,7 @@ def _check_ldm_file(file, name, tokenizer):
             f"convert it with python -m tools.convert_instant3d {file} OUT, and give OUT"
         )
     check_ldm_tokenizer(file, tokenizer)
+    check_checkpoint("config.pretrained.model", str(file))
 
 
 def check_ldm_tokenizer(file: Path, tokenizer: str) -> None:
@@ -206,10 +207,8 @@ def read_lora(
     if not file.is_file():
         found = f"has no {LORA_FILE}" if Path(folder).is_dir() else "does not exist"
         raise MissingFileError(f"{said} {found}: give a folder with a LoRA that a run or diffusers wrote")
-    try:
+    with about(name, str(folder)):
         weights = read_weights(file)
-    except UserError as error:
-        raise UserError(f"{said} cannot be used: {str(error).rstrip('.')}") from error
     if not weights:
         raise UserError(f"{said} has no weights in its {LORA_FILE}: {remedy}")
     broken = [key for key, value in weights.items() if not value.isfinite().all()]

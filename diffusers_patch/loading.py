@@ -71,7 +71,7 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # of reading files; downloads keep theirs
     vae = load_vae(config.pretrained.vae) if config.pretrained.vae else None
-    with _reading("config.pretrained.model", config.pretrained.model, "the folder or hub id of a diffusers pipeline"):
+    with reading("config.pretrained.model", config.pretrained.model, "the folder or hub id of a diffusers pipeline"):
         scheduler = load_scheduler(config.pretrained)
         check_timesteps(scheduler.config, config.sample.num_steps)
         scheduler.set_timesteps(config.sample.num_steps)
@@ -88,7 +88,7 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
 
 
 @contextlib.contextmanager
-def _reading(key: str, source: str, wanted: str) -> Iterator[None]:
+def reading(key: str, source: str, wanted: str) -> Iterator[None]:
     """Inside, a library reads `source`, the value of `key`: errors of many kinds, which do not name it, become a
     UserError that does.
 
@@ -141,7 +141,7 @@ def load_vae(source: str) -> AutoencoderKL:
     """The VAE in a folder, or of a hub id. Raises MissingFileError, or UserError if something else is there."""
     where = {"pretrained_model_name_or_path": source, "local_files_only": Path(source).is_dir()}
     wanted = "a folder with a VAE's config.json and weights, a hub id, or '' for the painter's own"
-    with _reading("config.pretrained.vae", source, wanted):
+    with reading("config.pretrained.vae", source, wanted):
         kind = AutoencoderKL.load_config(**where).get("_class_name", "no model of diffusers")
         if kind != "AutoencoderKL":
             raise UserError(f"config.pretrained.vae = {source!r} holds {kind}: give an AutoencoderKL")
@@ -173,7 +173,7 @@ def fuse_lora(pipeline, folder: str | Path) -> None:
     read_lora(folder, shapes, "config.pretrained.lora", "give another folder, or '' for none")
     verbosity = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it would warn that the file holds nothing for the text encoders
-    with _reading("config.pretrained.lora", str(folder), "a LoRA of this painter, in diffusers format"):
+    with reading("config.pretrained.lora", str(folder), "a LoRA of this painter, in diffusers format"):
         pipeline.load_lora_weights(folder)
     diffusers_logging.set_verbosity(verbosity)
     pipeline.fuse_lora()

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from config.errors import MissingFileError, UserError
 from diffusers_patch.checks import check_ldm_tokenizer
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
-from recon.weights import read_weights
+from recon.weights import check_hub, read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {
@@ -69,6 +69,8 @@ def load_mvdream_pipeline(
     """
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
+    if not Path(source).exists():
+        check_hub("the source", str(source), revision)
     where = {
         "pretrained_model_name_or_path": str(source),
         "revision": revision,

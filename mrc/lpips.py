@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from config.errors import MissingFileError, UserError
+from config.errors import MissingFileError, about
 from recon.weights import check_weights, read_weights
 
 WEIGHTS = Path(__file__).parent / "weights" / "lpips_alex_v0.1.safetensors"
@@ -55,12 +55,10 @@ class LPIPS(nn.Module):
                 f"mrc.lpips_checkpoint: no file {checkpoint}; leave the key empty to use the weights "
                 f"that ship with the project ({WEIGHTS.name})."
             )
-        try:
+        with about("config.mrc.lpips_checkpoint", str(checkpoint)):
             weights = read_weights(checkpoint)
             shapes = {key: value.shape for key, value in self.state_dict().items()}
             check_weights(weights, shapes, "LPIPS with AlexNet", "a file like the one that ships with the project")
-        except UserError as error:
-            raise UserError(f"config.mrc.lpips_checkpoint = {str(checkpoint)!r} cannot be used: {error}") from error
         self.load_state_dict(weights)
         self.requires_grad_(False).eval()
 

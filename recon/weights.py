@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from config.errors import MissingFileError, UserError, first_line
+from config.errors import MissingFileError, UserError, about, first_line
 
 TORCH_FILES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -61,24 +61,19 @@ def read_torch_file(file: str | Path, remedy: str, dictionaries: str | None = No
     OrderedDicts, None for no such classes.
     Raises MissingFileError if there is no such file, UserError if it is incomplete, no torch file, or holds anything
     but tensors, plain containers and those dictionaries."""
-    allowed = check_torch_file(file, remedy, dictionaries)
-    try:
-        # OrderedDict: the only dictionary to which the unpickler restores attributes besides its items
-        with safe_globals([(OrderedDict, name) for name in allowed]), warnings.catch_warnings(action="ignore"):
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except UnpicklingError as error:
-        raise _refusal(file, ["an unknown instruction"], remedy, dictionaries) from error
-    except Exception as error:
-        raise _unreadable(file, error) from error
+    return _unpickle(file, check_torch_file(file, remedy, dictionaries), remedy, dictionaries)
 
 
 def check_torch_file(file: str | Path, remedy: str, dictionaries: str | None = None) -> list[str]:
     """The names of the classes in a torch file that `dictionaries` allows; arguments and errors of `read_torch_file`.
 
-    Only the names are read. A file that is no zip archive, as torch wrote them before 2020, is let through."""
+    Only the names are read, but of a file that is no zip archive, as torch wrote them before 2020, everything."""
     check_is_file(file, remedy)
+    if not zipfile.is_zipfile(file):
+        _unpickle(file, [], remedy, dictionaries)
+        return []
     try:
-        names = get_unsafe_globals_in_checkpoint(file) if zipfile.is_zipfile(file) else []
+        names = get_unsafe_globals_in_checkpoint(file)
     except UnpicklingError as error:
         raise _refusal(file, ["an unknown instruction"], remedy, dictionaries) from error
     except Exception as error:
@@ -88,6 +83,17 @@ def check_torch_file(file: str | Path, remedy: str, dictionaries: str | None = N
     if foreign:
         raise _refusal(file, foreign, remedy, dictionaries)
     return allowed
+
+
+def _unpickle(file, allowed, remedy, dictionaries):
+    try:
+        # OrderedDict: the only dictionary to which the unpickler restores attributes besides its items
+        with safe_globals([(OrderedDict, name) for name in allowed]), warnings.catch_warnings(action="ignore"):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except UnpicklingError as error:
+        raise _refusal(file, ["an unknown instruction"], remedy, dictionaries) from error
+    except Exception as error:
+        raise _unreadable(file, error) from error
 
 
 def check_is_file(file: str | Path, remedy: str) -> None:
@@ -109,22 +115,23 @@ def read_json(file: str | Path, remedy: str) -> dict:
     return content
 
 
-def check_checkpoint(checkpoint: str | Path) -> None:
-    """Refuse a file or folder of weights, from names and headers alone, in which some file is damaged or holds code.
+def check_checkpoint(key: str, checkpoint: str) -> None:
+    """Refuse a file or folder of weights in which some file is damaged or holds code, from names and headers alone, and
+    a hub id that cannot be downloaded.
 
-    Nothing is said of what else the folder should have. Raises UserError, or MissingFileError for a hub id that cannot
-    be downloaded."""
+    key: that names the `checkpoint`. Nothing is said of what else a folder should have. Raises UserError."""
     path = Path(checkpoint)
     if not path.exists():
-        check_hub("config.recon.checkpoint", str(checkpoint))
+        check_hub(key, checkpoint)
         return
-    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
-        if file.suffix == ".safetensors":
-            weight_shapes(file)
-        elif file.suffix in TORCH_FILES:
-            check_torch_file(file, "give the published file of weights")
-        elif file.name == "config.json":
-            read_json(file, "give the one that belongs to the weights")
+    with about(key, checkpoint):
+        for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+            if file.suffix == ".safetensors":
+                weight_shapes(file)
+            elif file.suffix in TORCH_FILES:
+                check_torch_file(file, "give the published file of weights")
+            elif file.name == "config.json":
+                read_json(file, "give the one that belongs to the weights")
 
 
 def _refusal(file, found, remedy, dictionaries):
@@ -164,7 +171,7 @@ def find_file(checkpoint: str | Path, name: str, remedy: str) -> Path:
 
 
 def hub_trouble(source: str, revision: str | None = None) -> str:
-    """Why the hub id `source` cannot be downloaded, in words; "" if it can, or if there is something of it in the cache.
+    """Why the hub id `source` cannot be downloaded, in words; "" if it can, or if something of it is in the cache.
 
     The hub is asked once, where a download would ask for half a minute."""
     if (Path(HF_HUB_CACHE) / repo_folder_name(repo_id=source, repo_type="model") / "snapshots").is_dir():
@@ -184,6 +191,8 @@ def hub_trouble(source: str, revision: str | None = None) -> str:
 
 def check_hub(key: str, source: str, revision: str | None = None) -> None:
     """Raise MissingFileError if the hub id `source`, the value of `key`, cannot be downloaded; see `hub_trouble`."""
+    if not _may_be_hub_id(source):
+        raise MissingFileError(f"{key} = {source!r} does not exist: give a folder, or a hub id such as someone/a-model")
     trouble = hub_trouble(source, revision)
     if trouble:
         raise MissingFileError(

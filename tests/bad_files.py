@@ -95,6 +95,8 @@ def make_painters(folder, executed):
     (folder / "code_pipeline/model_index.json").write_text(json.dumps({**index, "_class_name": ["mine", "Mine"]}))
     (folder / "code_pipeline/mine.py").write_text(code)
     harmful(folder / "ldm.pt", executed)
+    (folder / "vocabulary").mkdir()
+    (folder / "vocabulary/vocab.json").write_text("{}")
     copy_of(TINY / "mvdream", folder / "mvdream_layout", without=[UNET, "unet/config.json"])
     (folder / "mvdream_layout/unet/config.json").parent.mkdir(parents=True, exist_ok=True)
     (folder / "mvdream_layout/unet/config.json").write_text('{"_class_name": "MultiViewUNetModel"}')
@@ -189,7 +191,8 @@ def make_runs(folder):
 
 
 def make(folder):
-    """Everything below `folder`; nothing that the project may run creates the file `folder`/executed."""
+    """Everything below the new `folder`. If the file `folder`/executed is ever there, code in one of them was run."""
+    folder.mkdir()
     executed = folder / "executed"
     make_prompts(folder / "prompts")
     make_painters(folder / "painter", executed)

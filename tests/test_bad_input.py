@@ -1,8 +1,18 @@
 """A mistake of the user gets one sentence that names the key or file, what was found and what to do, as the only line,
 with exit status 2, before anything slow, and nothing is left behind. The whole list, through the commands."""
 
+import os
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+import pytest
+
+from tests import bad_files, children
+
+ROOT = Path(__file__).resolve().parent.parent
+SECONDS = 120  # most for any of them, on a machine that is busy with other tests
 TRAIN = "carve3d_train.sh"
 MVDREAM = "--config=config/tiny.py:mvdream"
 
@@ -62,7 +72,7 @@ FLAGS = [
     Bad("two --config apart", "--config config/tiny.py --config.seed=1 --config config/dgx.py", ("--config", "twice")),
     Bad("no such configuration", "--config=nope.py", ("'nope.py'", "does not exist", "config/tiny.py")),
     Bad("configuration is a folder", "--config=config", ("'config'", "config/tiny.py")),
-    Bad("configuration is no Python", "--config=README.md", ("README.md", "config/tiny.py")),
+    Bad("configuration is no Python", "--config=README.md", ("README.md", "CARVE3D_DEBUG")),
     Bad("--config without a value", "--config", ("--config", "config/tiny.py")),
     Bad("words for a number of a run", "--config=config/dgx.py:data_size(ten)", ("data_size(ten)", "data_size(10)")),
     Bad("word for kl_coefficient", "--config=config/dgx.py:kl_coefficient('a')", ("kl_coefficient('a')", "number")),
@@ -102,7 +112,7 @@ PROMPTS = [
 ]
 
 PAINTER = [
-    Bad("painter without a UNet", painter("no_unet"), ("config.pretrained.model", "no_unet", "unet")),
+    Bad("painter without a UNet", painter("no_unet"), ("no_unet/unet/config.json", "does not exist")),
     Bad("painter without VAE weights", painter("no_vae_weights"), ("no_vae_weights", "vae")),
     Bad("painter without a tokenizer", painter("no_tokenizer"), ("no_tokenizer", "tokenizer")),
     Bad("painter without an index", painter("no_index"), ("no_index", "model_index.json")),
@@ -125,12 +135,11 @@ PAINTER = [
     Bad("hub id of a VAE without a network", "--config.pretrained.vae=someone/vae",
         ("config.pretrained.vae", "someone/vae", "no network", "give a folder")),
     Bad("harmful ldm file", MVDREAM + " --config.pretrained.model={bad}/painter/ldm.pt "
-        "--config.pretrained.tokenizer=tiny/weights/mvdream/tokenizer", ("ldm.pt", "no code in it was run"),
-        loads=True),
+        "--config.pretrained.tokenizer={bad}/painter/vocabulary", ("ldm.pt", "no code in it was run")),
     Bad("ldm file without a tokenizer", MVDREAM + " --config.pretrained.model={bad}/painter/ldm.pt",
         ("ldm.pt", "config.pretrained.tokenizer")),
     Bad("harmful UNet of MVDream's layout", MVDREAM + " --config.pretrained.model={bad}/painter/mvdream_layout "
-        "--config.pretrained.lora=", ("diffusion_pytorch_model.bin", "no code in it was run"), loads=True),
+        "--config.pretrained.lora=", ("diffusion_pytorch_model.bin", "no code in it was run")),
     Bad("VAE that is none", "--config.pretrained.vae=tiny/weights/painter/unet", ("config.pretrained.vae", "UNet2D")),
     Bad("VAE that is empty", "--config.pretrained.vae={bad}/empty_folder", ("config.pretrained.vae", "empty_folder")),
     Bad("LoRA truncated", lora("truncated"), ("lora/truncated", "incomplete")),
@@ -147,23 +156,23 @@ PAINTER = [
 ]  # fmt: skip
 
 JUDGE = [
-    Bad("reconstructor truncated", recon("truncated"), ("recon/truncated/model.safetensors", "incomplete"), loads=True),
+    Bad("reconstructor truncated", recon("truncated"), ("recon/truncated/model.safetensors", "incomplete")),
     Bad("hub id of a reconstructor without a network", "--config.recon.checkpoint=someone/lrm",
         ("config.recon.checkpoint", "someone/lrm", "no network", "give a folder")),
     Bad("reconstructor that is another model", recon("other"), ("recon/other", "TinyLRM"), loads=True),
-    Bad("reconstructor that is a pickle", recon("pickle"), ("recon/pickle/model.safetensors",), loads=True),
-    Bad("configuration that is not JSON", recon("config_not_json"), ("config_not_json/config.json",), loads=True),
+    Bad("reconstructor that is a pickle", recon("pickle"), ("recon/pickle/model.safetensors",)),
+    Bad("configuration that is not JSON", recon("config_not_json"), ("config_not_json/config.json",)),
     Bad("configuration with another key", recon("config_key"), ("config_key/config.json", "widht"), loads=True),
     Bad("configuration with a negative size", recon("config_value"), ("config_value/config.json",), loads=True),
     Bad("configuration with a word", recon("config_word"), ("config_word/config.json",), loads=True),
-    Bad("configuration that is a list", recon("config_list"), ("config_list/config.json",), loads=True),
+    Bad("configuration that is a list", recon("config_list"), ("config_list/config.json",)),
     Bad("reconstructor that is a file", "--config.recon.checkpoint={bad}/file", ("config.recon.checkpoint"),
         loads=True),
     Bad("harmful LGM", "--config.recon.name=lgm --config.recon.checkpoint={bad}/recon/pickle.pth " + MVDREAM
         + " --config.painter.elevation=0. --config.painter.azimuth_start=90.",
-        ("pickle.pth", "no code in it was run"), loads=True),
-    Bad("LPIPS truncated", lpips("truncated"), ("config.mrc.lpips_checkpoint", "incomplete"), loads=True),
-    Bad("LPIPS that is a pickle", lpips("pickle"), ("config.mrc.lpips_checkpoint", "safetensors"), loads=True),
+        ("pickle.pth", "no code in it was run")),
+    Bad("LPIPS truncated", lpips("truncated"), ("config.mrc.lpips_checkpoint", "incomplete")),
+    Bad("LPIPS that is a pickle", lpips("pickle"), ("config.mrc.lpips_checkpoint", "safetensors")),
     Bad("LPIPS of another model", lpips("other"), ("config.mrc.lpips_checkpoint", "missing"), loads=True),
 ]  # fmt: skip
 
@@ -244,9 +253,9 @@ TOOLS = [
     Bad("convert_instant3d of a pickle", "{bad}/recon/pickle.pth {bad}/out "
         "--tokenizer=tiny/weights/painter", ("49408",), "tools.convert_instant3d"),
     Bad("convert_instant3d to a file", "{bad}/file {bad}/file", ("file", "exists"), "tools.convert_instant3d"),
-    Bad("convert_mvdream of a pickle", "{bad}/painter/ldm.pt {bad}/out --tokenizer tiny/weights/mvdream/tokenizer",
-        ("ldm.pt", "tokenizer"), "tools.convert_mvdream"),
-    Bad("convert_mvdream to a file", "tiny/weights/mvdream {bad}/file", ("file", "exists"), "tools.convert_mvdream"),
+    Bad("convert_mvdream of a pickle", "{bad}/painter/ldm.pt {bad}/out --tokenizer {bad}/painter/vocabulary",
+        ("ldm.pt", "no code in it was run"), "tools.convert_mvdream"),
+    Bad("convert_mvdream to a file", "tiny/weights/mvdream {bad}/file", ("OUT", "is a file"), "tools.convert_mvdream"),
     Bad("convert_mvdream of nothing", "{bad}/nope {bad}/out", ("nope",), "tools.convert_mvdream"),
 ]  # fmt: skip
 
@@ -267,7 +276,7 @@ RUNS = [
     Bad("picture with a list of rows", "{bad}/runs/picture_rows", ("epoch_0000/0000.png",), JUDGED),
     Bad("picture with other rows", "{bad}/runs/picture_rows_many", ("epoch_0000/0000.png",), JUDGED),
     Bad("picture without rows", "{bad}/runs/picture_no_rows", ("epoch_0000/0000.png",), JUDGED),
-    Bad("pictures of one pixel", "{bad}/runs/pictures_small", ("epoch_0000/0000.png", "64"), JUDGED),
+    Bad("views of one pixel", "{bad}/runs/pictures_small", ("epoch_0000/0000.png", "64"), JUDGED),
     Bad("result that cannot be written", "{bad}/runs/unwritable_result", ("evaluation.json",), JUDGED),
     Bad("no such defect", "{bad}/runs/none --defect=nope", ("nope",), JUDGED),
     Bad("comparison of damaged runs", "{bad}/runs/scores_cut --out={bad}/x.png", ("scores.json",), "tiny.compare_runs"),
@@ -287,4 +296,171 @@ LAUNCH = [
         environment={"CARVE3D_PROCESSES": "3"}),
 ]  # fmt: skip
 
-TABLE = FLAGS + PROMPTS + PAINTER + JUDGE + PLACES + TOOLS + RUNS + LAUNCH
+TABLE = {
+    "flags": FLAGS,
+    "prompts": PROMPTS,
+    "painter": PAINTER,
+    "judge": JUDGE,
+    "places": PLACES,
+    "tools": TOOLS,
+    "runs": RUNS,
+    "launch": LAUNCH,
+}
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files") / "bad"
+    bad_files.make(folder)
+    return folder
+
+
+def files(bad):
+    """All files that a command could leave behind, with the time of their last change."""
+    logs = ROOT / "logs"
+    return {file: file.lstat().st_mtime_ns for folder in (bad, logs) for file in folder.rglob("*")}
+
+
+def in_process(row, bad, folder):
+    """(exit status, stderr) of a row's command in a process that has imported everything: for TRAIN its check, and, for
+    a row that this must let pass, the trainer."""
+    arguments = row.arguments.format(bad=bad).split()
+    if row.command != TRAIN:
+        return children.command(row.command, arguments, folder)
+    if not any(argument.split("=")[0] == "--config" for argument in arguments):
+        arguments = ["--config", "config/tiny.py", *arguments]
+    check = ["--device", "cpu", "--processes", "2", *arguments]
+    code, error = children.command("tools.check_config", check, folder)
+    if row.loads:
+        if code != 0:
+            return code, f"found by the check, before anything is loaded\n{error}"
+        code, error = children.command("carve3d_train", arguments, folder)
+    return code, error
+
+
+def through_the_shell(row, bad):
+    """(exit status, stderr) of a row's command as the user types it."""
+    arguments = row.arguments.format(bad=bad).split()
+    command = ["bash", TRAIN] if row.command == TRAIN else [sys.executable, "-m", row.command]
+    chosen = {"CARVE3D_VENV": sys.prefix, "CARVE3D_PROCESSES": "2", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    chosen |= {name: value.format(bad=bad) for name, value in row.environment.items()}
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **chosen},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    return done.returncode, done.stderr
+
+
+def complaints(row, code, error, left):
+    """What is wrong with the answer to a row, as a list of texts."""
+    lines = [line for line in error.splitlines() if line.strip()]
+    last = lines[-1] if lines else ""
+    found = [f"exit status {code}"] * (code != 2)
+    found += [f"{len(lines)} lines"] * (len(lines) != 1 and not error.startswith("usage:"))
+    found += [f"{word!r} is not said" for word in row.words if word not in last]
+    found += ["a traceback"] * ("Traceback" in error)
+    found += [f"{file} is left" for file in left]
+    return [f"{row.name}: {', '.join(found)}\n{error}"] if found else []
+
+
+def answers(rows, answer, bad):
+    """The complaints of all `rows`; answer: row -> (exit status, stderr)."""
+    found = []
+    for row in rows:
+        before = files(bad)
+        code, error = answer(row)
+        after = files(bad)
+        found += complaints(row, code, error, sorted(str(file) for file in after if before.get(file) != after[file]))
+    return found
+
+
+@pytest.mark.parametrize("section", TABLE)
+def test_every_bad_input_gets_one_sentence(section, bad, tmp_path):
+    if section == "launch":  # all but the last are told by the script itself, in no time
+        found = answers(LAUNCH, lambda row: through_the_shell(row, bad), bad)
+    else:
+        found = answers(TABLE[section], lambda row: in_process(row, bad, tmp_path), bad)
+    assert not found, "\n".join(found)
+
+
+def test_a_mistake_is_told_through_the_shell_once(bad):
+    rows = [row for row in FLAGS if row.name in ("word for a number", "fp16 without a GPU")]
+    found = answers(rows, lambda row: through_the_shell(row, bad), bad)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("section", TABLE)
+def test_every_bad_input_through_the_shell(section, bad):
+    found = answers(TABLE[section], lambda row: through_the_shell(row, bad), bad)
+    assert not found, "\n".join(found)
+
+
+###### Several processes ######
+
+SCRIPT = """
+import os, sys, time
+import numpy as np
+from config.cli import one_sentence
+from config.errors import UserError
+
+rank = int(os.environ["RANK"])
+with one_sentence("script"):
+    {body}
+"""
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """launch(body, **environment): exit status and stderr of two processes with these lines inside `one_sentence`."""
+
+    def launch(body, **environment):
+        (tmp_path / "script.py").write_text(SCRIPT.format(body=body))
+        command = [
+            sys.executable,
+            "-m",
+            "tools.launch",
+            "--nproc_per_node",
+            "2",
+            "--standalone",
+            tmp_path / "script.py",
+        ]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=SECONDS)
+        return done.returncode, done.stderr
+
+    return launch
+
+
+def test_processes_tell_a_mistake_once(launch):
+    assert launch("raise UserError('a mistake')") == (2, "script: a mistake\n")
+
+
+def test_the_process_that_found_the_mistake_speaks_and_those_that_broke_off_do_not(launch):
+    body = (
+        "if rank: raise UserError('a mistake')\n"
+        "    while not any(os.scandir(os.path.dirname(os.path.dirname(os.environ['TORCHELASTIC_ERROR_FILE'])))): pass\n"
+        "    time.sleep(0.05)\n"
+        "    raise RuntimeError('connection closed by peer')"
+    )
+    assert launch(body) == (2, "script: a mistake\n")
+
+
+@pytest.mark.parametrize("body", ["np.zeros(3).reshape(2, 2)", "open('nothing')", "raise KeyError('x')"])
+def test_any_other_error_keeps_its_traceback(launch, body):
+    code, error = launch(body)
+    assert code == 1 and "Traceback" in error and body in error and "script.py FAILED" in error
+
+
+def test_debugging_shows_where_a_mistake_was_found(launch):
+    code, error = launch("raise UserError('a mistake')", CARVE3D_DEBUG="1")
+    assert code == 1 and "Traceback" in error and "config.errors.UserError: a mistake" in error
+
+
+def test_a_full_disk_is_told_in_one_sentence(launch):
+    code, error = launch("import errno; raise OSError(errno.ENOSPC, 'No space left on device', 'x.png')")
+    assert (code, error) == (2, "script: [Errno 28] No space left on device: 'x.png'\n")

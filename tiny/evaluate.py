@@ -26,6 +26,7 @@ from tiny.classifier import Classifier, caption_agreement
 from tiny.defects import DEFECTS, SHIPPED, VIEW, colour_shares, is_defective
 from tiny.objects import COLOUR_NAMES, parse_caption
 
+SHAPE = (4, 3, 64, 64)  # of the views of a sample
 MIN_FOREGROUND = base.get_config().mrc.min_foreground  # share of the view; below it a view counts as empty
 
 
@@ -141,8 +142,8 @@ def read_validation(folder: str | Path) -> tuple[torch.Tensor, torch.Tensor, lis
     files = [folder / f"{index:04d}.png" for index in range(len(prompts))]
     views = [load_views(file).get("views", torch.empty(0)) for file in files]
     for file, view in zip(files, views, strict=True):
-        if view.shape[:2] != (4, 3) or view.shape != views[0].shape:
-            raise UserError(f"{file} has views of shape {tuple(view.shape)}; (4, 3, S, S) of one size is expected.")
+        if view.shape != SHAPE:
+            raise UserError(f"{file} has views of shape {tuple(view.shape)}; those of the small world have {SHAPE}.")
     return torch.stack(views).float() / 255, rewards, prompts
 
 

@@ -30,8 +30,9 @@ def main(args) -> None:
     check_cameras(config)
     check_painter_files(config)
     if config.reward_fn == "mrc":
-        for file in filter(None, (config.recon.checkpoint, config.mrc.lpips_checkpoint)):
-            check_checkpoint(file)
+        check_checkpoint("config.recon.checkpoint", config.recon.checkpoint)
+        if config.mrc.lpips_checkpoint:
+            check_checkpoint("config.mrc.lpips_checkpoint", config.mrc.lpips_checkpoint)
     print(batch_table(config, args.processes))
 
 

@@ -11,6 +11,7 @@ import argparse
 
 from config.cli import one_sentence
 from config.validate import check_folder
+from diffusers_patch.loading import reading
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 
 
@@ -22,7 +23,9 @@ def main() -> None:
     parser.add_argument("--revision", default=None)
     args = parser.parse_args()
     check_folder("OUT", args.out)
-    load_mvdream_pipeline(args.source, args.revision, args.tokenizer).save_pretrained(args.out)
+    with reading("SOURCE", args.source, "a complete checkpoint of MVDream"):
+        pipeline = load_mvdream_pipeline(args.source, args.revision, args.tokenizer)
+    pipeline.save_pretrained(args.out)
     print(f"wrote {args.out}: train it with --config.painter.name=mvdream --config.pretrained.model={args.out}")
 
 
