@@ -132,7 +132,7 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
 def _fit(config: ConfigDict, gigabytes: float) -> ConfigDict:
     """Smaller batches for GPUs of less than 80 GB; `python -m tools.plan` shows what each stage then needs."""
     if gigabytes < 24:
-        raise UserError(f"{gigabytes} GB are too few for this run: use GPUs of 24 GB or more")
+        raise UserError(f"{gigabytes:g} GB are too few for this run: use GPUs of 24 GB or more")
     if gigabytes < 80:
         config.train.gradient_checkpointing = True
         config.sample.batch_size, config.sample.decode_batch_size = 4, 1

@@ -153,9 +153,9 @@ def check_run_places(config: ConfigDict) -> None:
         run, remedy = Path(config.resume_from), "give a run's folder or one of its checkpoint folders"
         if not run.is_dir():
             found = "is a file" if run.exists() else "does not exist"
-            raise MissingFileError(f"config.resume_from is {config.resume_from!r}, which {found}: {remedy}")
+            raise MissingFileError(f"config.resume_from = {config.resume_from!r} {found}: {remedy}")
         if not run.name.startswith("checkpoint_") and not any(run.glob("checkpoint_*")):
-            raise MissingFileError(f"config.resume_from is {config.resume_from!r}, which holds no checkpoint: {remedy}")
+            raise MissingFileError(f"config.resume_from = {config.resume_from!r} holds no checkpoint: {remedy}")
         check_folder("config.resume_from", run)
         return
     name = Path(config.run_name)

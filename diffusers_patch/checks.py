@@ -182,7 +182,7 @@ def _check_vae(source):
         return
     wanted = "give a folder with a VAE's config.json and weights, a hub id, or '' for the painter's own"
     if not (folder / "config.json").is_file():
-        raise MissingFileError(f"{said} has no config.json: {wanted}")
+        raise MissingFileError(f"{said} could not be loaded (it has no config.json): {wanted}")
     found = read_json(folder / "config.json", wanted).get("_class_name", "no model of diffusers")
     if found != "AutoencoderKL":
         raise UserError(f"{said} holds {found}: give an AutoencoderKL")

@@ -50,8 +50,11 @@ def weight_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118, no mapping
     except SafetensorError as error:
         if "not fully covered" in str(error):
-            raise UserError(f"{file} is incomplete: download or copy it again.") from error
-        raise UserError(f"{file} is not a safetensors file ({first_line(error)}): download it again.") from error
+            raise UserError(f"{file} could not be read (it is incomplete): download it again.") from error
+        raise UserError(
+            f"{file} could not be read as a file of weights (it is not a safetensors file: {first_line(error)}): "
+            f"download it again."
+        ) from error
 
 
 def read_torch_file(file: str | Path, remedy: str, dictionaries: str | None = None) -> Any:

@@ -412,8 +412,8 @@ def test_the_command_shows_the_batches():
     "arguments, words",
     [
         (["--config.train.learning_rat=1"], "did you mean config.train.learning_rate"),
-        (["--config.num_epochs=abc"], "config.num_epochs=abc"),
-        (["--config.use_lora=maybe"], "config.use_lora=maybe"),
+        (["--config.num_epochs=abc"], "config.num_epochs is 'abc': set it to a whole number"),
+        (["--config.use_lora=maybe"], "config.use_lora is 'maybe': set it to True or False"),
         (["--config=nope.py"], "'nope.py', which does not exist"),
         (["--config=config/dgx.py:data_size(ten)"], "data_size(ten) has wrong arguments"),
         (["--config=config/dgx.py:nope"], "has no run 'nope': write one of carve3d_train, "),
@@ -425,7 +425,7 @@ def test_the_command_shows_the_batches():
 def test_mistakes_get_one_sentence(arguments, words):
     given = ["--config.pretrained.model=someone/painter", "--config.recon.checkpoint=someone/reconstructor"]
     code, _, err = check_config(*given, *arguments)
-    assert code == 1 and err.startswith("carve3d_train: ") and words in err
+    assert code == 2 and err.startswith("carve3d_train: ") and words in err
     assert "Traceback" not in err and err.strip().count("\n") == 0
 
 
@@ -434,4 +434,4 @@ def test_mistakes_in_a_configuration_file_get_one_sentence(line, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"from config import base\n\ndef get_config():\n    config = base.get_config()\n    {line}\n")
     code, _, err = check_config("--config", file)
-    assert code == 1 and BAD_FILES[line] in err and err.strip().count("\n") == 0
+    assert code == 2 and BAD_FILES[line] in err and err.strip().count("\n") == 0

@@ -20,8 +20,8 @@ from transformers import CLIPConfig, CLIPModel
 from config import base, cli
 from ddpo.evaluation import Parts, batches, paired_p_value, statistics, summarise, table
 from ddpo.sampling import EVALUATION, make_generator
+from diffusers_patch.checks import LORA_FILE
 from diffusers_patch.loading import load_painter
-from diffusers_patch.policy import LORA_FILE
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
 from mrc.rewards import load_mrc
@@ -281,9 +281,9 @@ def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world,
     weights = load_file(tmp_path / "half/model.safetensors")
     save_file({k: v for k, v in weights.items() if "text_projection" not in k}, tmp_path / "half/model.safetensors")
     for changes, words in (
-        (dict(lora=["nowhere"]), "--lora names 'nowhere', which has no pytorch_lora_weights.safetensors"),
-        (dict(lora=[lora["empty"]]), "holds no weights: give another folder in --lora"),
-        (dict(lora=[lora["damaged"]]), "is damaged"),
+        (dict(lora=["nowhere"]), "--lora = 'nowhere' does not exist: give a folder with a LoRA"),
+        (dict(lora=[lora["empty"]]), "--lora = .* has no weights in its pytorch_lora_weights.safetensors: give"),
+        (dict(lora=[lora["damaged"]]), "--lora = .* could not be read"),
         (dict(lora=[lora["nan"]]), "NaN or infinite numbers in .* its training diverged"),
         (dict(lora=[lora["copy"], str(world / "run/final")]), "hold the same weights: leave one out"),
         (dict(lora=[lora["rank"]]), r"64 weights differ, such as .* with \(8, 32\) instead of \(4, 32\); config.lora"),

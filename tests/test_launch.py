@@ -45,9 +45,7 @@ def test_scripts_are_valid_bash(script):
 def test_no_argument_runs_the_small_world_on_the_cpu(run):
     code, command, _ = run(cores=8)
     assert code == 0 and command.startswith("OMP_NUM_THREADS=4 ")
-    assert command.endswith(
-        "torch.distributed.run --nproc_per_node 2 --standalone carve3d_train.py --config config/tiny.py"
-    )
+    assert command.endswith("tools.launch --nproc_per_node 2 --standalone carve3d_train.py --config config/tiny.py")
     assert "--nproc_per_node 1 " in run(cores=1)[1]
 
 

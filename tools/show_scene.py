@@ -45,10 +45,8 @@ def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
 
     count: how many the reconstructor wants. Raises UserError or MissingFileError."""
     if len(files) != count:
-        raise UserError(
-            f"{len(files)} picture{'s' * (len(files) != 1)} given, but the reconstructor wants {count}: give one for "
-            f"each of its cameras"
-        )
+        given = "1 picture is" if len(files) == 1 else f"{len(files)} pictures are"
+        raise UserError(f"{given} given, but the reconstructor wants {count}: give one for each of its cameras")
     views = []
     for file in files:
         check_is_file(file, "give PNG or JPEG files")
