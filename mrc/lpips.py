@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from config.errors import MissingFileError, about
-from recon.weights import check_weights, read_weights
+from recon.weights import check_weights, weight_shapes
 
 WEIGHTS = Path(__file__).parent / "weights" / "lpips_alex_v0.1.safetensors"
 RELUS = (1, 4, 7, 9, 11)  # the layers of AlexNet whose outputs are compared
@@ -56,10 +57,10 @@ class LPIPS(nn.Module):
                 f"that ship with the project ({WEIGHTS.name})."
             )
         with about("config.mrc.lpips_checkpoint", str(checkpoint)):
-            weights = read_weights(checkpoint)
             shapes = {key: value.shape for key, value in self.state_dict().items()}
-            check_weights(weights, shapes, "LPIPS with AlexNet", "a file like the one that ships with the project")
-        self.load_state_dict(weights)
+            remedy = "a file like the one that ships with the project"
+            check_weights(weight_shapes(checkpoint), shapes, "LPIPS with AlexNet", remedy)
+        self.load_state_dict(load_file(checkpoint))
         self.requires_grad_(False).eval()
 
     def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

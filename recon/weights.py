@@ -46,7 +46,7 @@ def weight_shapes(file: str | Path) -> dict[str, tuple[int, ...]]:
     Raises MissingFileError if there is no such file, UserError if it is incomplete or something else."""
     check_is_file(file, "give a file of weights")
     try:
-        with safe_open(file, framework="pt") as opened:
+        with safe_open(file, framework="np") as opened:
             return {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118, no mapping
     except SafetensorError as error:
         if "not fully covered" in str(error):
@@ -204,17 +204,18 @@ def check_hub(key: str, source: str, revision: str | None = None) -> None:
         )
 
 
-def differences(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]]) -> str:
-    """Which `weights` {key: tensor} are missing, unknown or of another shape, in words; "" if none.
+def differences(weights: Mapping[str, torch.Tensor | Sequence[int]], shapes: Mapping[str, Sequence[int]]) -> str:
+    """Which `weights` {key: tensor, or its shape} are missing, unknown or of another shape, in words; "" if none.
 
     shapes: {key: shape} of the complete model."""
+    found = {key: tuple(getattr(value, "shape", value)) for key, value in weights.items()}
     problems = {
-        "missing": sorted(shapes.keys() - weights.keys()),
-        "unknown": sorted(weights.keys() - shapes.keys()),
+        "missing": sorted(shapes.keys() - found.keys()),
+        "unknown": sorted(found.keys() - shapes.keys()),
         "of another shape": sorted(
-            f"{key}: {tuple(weights[key].shape)} instead of {tuple(shapes[key])}"
-            for key in shapes.keys() & weights.keys()
-            if tuple(weights[key].shape) != tuple(shapes[key])
+            f"{key}: {found[key]} instead of {tuple(shapes[key])}"
+            for key in shapes.keys() & found.keys()
+            if found[key] != tuple(shapes[key])
         ),
     }
     return "; ".join(
@@ -225,7 +226,7 @@ def differences(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequen
 
 
 def check_weights(
-    weights: Mapping[str, torch.Tensor], shapes: Mapping[str, Sequence[int]], model: str, remedy: str
+    weights: Mapping[str, torch.Tensor | Sequence[int]], shapes: Mapping[str, Sequence[int]], model: str, remedy: str
 ) -> None:
     """Raise UserError that lists the `differences`, if there are any.
 

@@ -306,7 +306,7 @@ def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world,
 
 @pytest.mark.parametrize("flag, words", [("--samples=0", "samples"), ("--judge=lgn", "tiny_lrm|lgm|grm|openlrm")])
 def test_wrong_flags_are_answered_with_a_sentence(world, tmp_path, flag, words):
-    assert children.run(command, [*arguments(world, tmp_path / "out"), flag], tmp_path / "log") == 1
+    assert children.run(command, [*arguments(world, tmp_path / "out"), flag], tmp_path / "log") == 2
     log = (tmp_path / "log").read_text()
     assert log.startswith("evaluate: ") and words in log and len(log.splitlines()) == 1
 
