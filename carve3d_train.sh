@@ -87,17 +87,18 @@ case "${1:-}" in
         ;;
 esac
 
-configuration="" before=""
+configuration="" given="" before=""
 for flag in "$@"; do
     case "$before" in
         --config | -config) configuration="$flag" ;;
     esac
     case "$flag" in
-        --config=* | -config=*) configuration="${flag#*=}" ;;
+        --config | -config) given=1 ;;
+        --config=* | -config=*) given=1 configuration="${flag#*=}" ;;
     esac
     before="$flag"
 done
-if [ -z "$configuration" ]; then
+if [ -z "$given" ]; then
     configuration="$default_config"
     set -- --config "$configuration" "$@"
 fi
