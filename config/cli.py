@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from config import base
 from config.errors import MissingFileError, UserError, first_line
 
 USER_ERROR = 2  # exit status after a mistake of the user, as that of bash and argparse; any other error gives 1
+PATIENCE = 5  # seconds that a process waits for the first one of its machine to tell a mistake that both have found
 PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)  # of a disk, not of the program
 
 # Keys of the published configurations that have another name here, or that nothing needs any more.
@@ -125,7 +127,7 @@ def one_sentence(program: str) -> Iterator[None]:
 
     That is a `UserError`, or a disk that is full or may not be written. Any other error keeps its traceback, and with
     CARVE3D_DEBUG=1 in the environment these have theirs too. Of several processes that torchrun started on a machine
-    the first one speaks, and the others, which stop for the same reason or because it has stopped, are silent.
+    one speaks, and the others, which stop for the same reason or because it has stopped, are silent.
     """
     try:
         yield
@@ -134,8 +136,9 @@ def one_sentence(program: str) -> Iterator[None]:
             raise
         said = _said_by_a_process()
         if isinstance(error, UserError) or getattr(error, "errno", None) in PLACE_ERRORS:
-            if said is None or _create(said):
-                print(f"{program}: {error}", file=sys.stderr, flush=True)
+            if said is None or _is_first(said):
+                sys.stderr.write(f"{program}: {error}\n")  # in one piece, though others may be writing too
+                sys.stderr.flush()
             sys.exit(USER_ERROR)
         if said is not None and said.exists():
             sys.exit(USER_ERROR)
@@ -148,10 +151,16 @@ def _said_by_a_process() -> Path | None:
     return Path(error_file).parent.parent / "user_error" if error_file else None
 
 
-def _create(file: Path) -> bool:
-    """Whether this process is the one that creates `file`."""
+def _is_first(said: Path) -> bool:
+    """Whether this process is the one that creates the file `said`.
+
+    The first process of a machine goes before the others, so that the sentence stands behind what it has printed; they
+    wait for it, but not long, since it need not have found the mistake."""
+    deadline = time.monotonic() + (0 if os.environ.get("LOCAL_RANK") == "0" else PATIENCE)
+    while time.monotonic() < deadline and not said.exists():
+        time.sleep(0.05)
     try:
-        file.touch(exist_ok=False)
+        said.touch(exist_ok=False)
     except FileExistsError:
         return False
     return True

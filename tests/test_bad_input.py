@@ -403,7 +403,8 @@ def test_every_bad_input_through_the_shell(section, bad):
 ###### Several processes ######
 
 SCRIPT = """
-import os, sys, time
+import time, os
+from pathlib import Path
 import numpy as np
 from config.cli import one_sentence
 from config.errors import UserError
@@ -443,8 +444,8 @@ def test_processes_tell_a_mistake_once(launch):
 def test_the_process_that_found_the_mistake_speaks_and_those_that_broke_off_do_not(launch):
     body = (
         "if rank: raise UserError('a mistake')\n"
-        "    while not any(os.scandir(os.path.dirname(os.path.dirname(os.environ['TORCHELASTIC_ERROR_FILE'])))): pass\n"
-        "    time.sleep(0.05)\n"
+        "    said = Path(os.environ['TORCHELASTIC_ERROR_FILE']).parents[1] / 'user_error'\n"
+        "    while not said.exists(): time.sleep(0.01)\n"
         "    raise RuntimeError('connection closed by peer')"
     )
     assert launch(body) == (2, "script: a mistake\n")
