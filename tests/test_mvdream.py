@@ -297,7 +297,7 @@ def test_a_command_that_fails_leaves_nothing(ldm, tokenizer, tmp_path, monkeypat
     "what, message",
     [
         ("truncated", "download it again"),
-        ("code", r"could not be read .*, and no code in it was run, because it holds pathlib\S* besides tensors"),
+        ("code", "no code in it was run, because it holds pathlib.PosixPath"),
         ("another", "model.diffusion_model"),
         ("no tokenizer", "has no vocab.json: give with --tokenizer, or for a run with config.pretrained.tokenizer"),
         ("other tokenizer", "has 108 tokens instead of 99"),

@@ -406,7 +406,7 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
 )
 def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
     done = command_line(["carve3d_train.py"], "--config", "config/base.py", *flags(world, tmp_path), mistake)
-    assert done.returncode == 1 and words in done.stderr
+    assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
