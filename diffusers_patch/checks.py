@@ -39,6 +39,7 @@ class Kind:
 
     cameras: config.painter -> where its views stand. pipeline: class of its pipeline in diffusers.
     models: folders of that pipeline with weights. tokenizers: folders without.
+    unet: a key and value of the UNet's configuration without which it is no such painter, and what it is then.
     rig: what config.recon.cameras calls these cameras.
     camera_hint: what can be changed if the cameras do not fit the reconstructor's.
     """
@@ -47,6 +48,7 @@ class Kind:
     pipeline: str
     models: Sequence[str]
     tokenizers: Sequence[str]
+    unet: tuple[str, str, str]
     rig: str
     camera_hint: str = ""
 
@@ -57,6 +59,7 @@ KINDS = {
         "StableDiffusionXLPipeline",
         ("unet", "vae", "text_encoder", "text_encoder_2"),
         ("tokenizer", "tokenizer_2"),
+        ("addition_embed_type", "text_time", "is no SDXL"),
         rig="instant3d",
     ),
     "mvdream": Kind(
@@ -64,6 +67,7 @@ KINDS = {
         "StableDiffusionPipeline",
         ("unet", "vae", "text_encoder"),
         ("tokenizer",),
+        ("class_embed_type", "projection", "is a painter that no cameras are given to, so no MVDream"),
         rig="mvdream",
         camera_hint="set config.painter.elevation to the reconstructor's, or ",
     ),
@@ -164,8 +168,10 @@ def check_tokenizer(place: str | Path, subfolder: str, remedy: str) -> None:
 
 def _check_folder(folder, name):
     kind, said = KINDS[name], f"config.pretrained.model = {str(folder)!r}"
-    if read_json(folder / "unet" / "config.json", WHOLE).get("_class_name") == "UNet2DConditionModel":
+    unet = read_json(folder / "unet" / "config.json", WHOLE)
+    if unet.get("_class_name") == "UNet2DConditionModel":
         _check_index(read_json(folder / "model_index.json", WHOLE), name, said)
+        check_unet(unet, name, said)
     elif name != "mvdream":  # the published MVDream has a UNet and a pipeline of its own, which are converted
         raise UserError(f"{said} has a unet that is no UNet2DConditionModel of diffusers: {WHOLE}")
     for part in kind.models:
@@ -175,6 +181,16 @@ def _check_folder(folder, name):
             raise MissingFileError(
                 f"{said} has neither {' nor '.join(f'{part}/{file}' for file in TOKENIZER_FILES)}: {WHOLE}"
             )
+
+
+def check_unet(config: Mapping, name: str, said: str) -> None:
+    """Raise UserError unless the configuration of a stock UNet, of what is `said`, is that of the painter `name`."""
+    key, value, otherwise = KINDS[name].unet
+    if config.get(key) != value:
+        raise UserError(
+            f"{said} {otherwise} (the {key} of its UNet is {config.get(key)!r} instead of {value!r}), which the "
+            f"painter {name!r} is: give one, or set config.painter.name to another"
+        )
 
 
 def _check_index(index, name, said):

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from config.errors import UserError, first_line
 from diffusers_patch.checks import check_cameras as check_cameras
-from diffusers_patch.checks import check_painter_files, check_timesteps, painter_cameras, read_lora
+from diffusers_patch.checks import check_painter_files, check_timesteps, check_unet, painter_cameras, read_lora
 from diffusers_patch.conversion import load_tokenizers_of
 from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
@@ -40,11 +40,7 @@ class Painter:
 
 
 def _load_sdxl(pretrained, scheduler, **options):
-    if _unet_config(pretrained).get("addition_embed_type") != "text_time":
-        raise UserError(
-            f"config.pretrained.model = {pretrained.model!r} is no SDXL, which the painter 'mv_sdxl' is: give one, or "
-            f"set config.painter.name to 'mvdream' for MVDream"
-        )
+    check_unet(_unet_config(pretrained), "mv_sdxl", f"config.pretrained.model = {pretrained.model!r}")
     return StableDiffusionXLPipeline.from_pretrained(
         pretrained.model,
         revision=pretrained.revision,

@@ -9,7 +9,7 @@ from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from config.errors import MissingFileError, UserError
-from diffusers_patch.checks import CLIP_FOLDER, check_ldm_tokenizer
+from diffusers_patch.checks import CLIP_FOLDER, check_ldm_tokenizer, check_unet
 from diffusers_patch.conversion import load_tokenizer, load_tokenizers_of
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
 from recon.weights import check_hub, read_weights
@@ -81,11 +81,7 @@ def load_mvdream_pipeline(
     scheduler = scheduler or DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
     tokenizer = load_tokenizers_of(source, "tokenizer")
     if unet["_class_name"] == "UNet2DConditionModel":
-        if unet.get("class_embed_type") != "projection":
-            raise UserError(
-                f"{source} holds a painter that no cameras are given to, so it is no MVDream: give one, or set "
-                f"config.painter.name to 'mv_sdxl' for an SDXL"
-            )
+        check_unet(unet, "mvdream", str(source))
         return StableDiffusionPipeline.from_pretrained(
             **where,
             **tokenizer,
@@ -143,10 +139,10 @@ def _unet_weights(source, revision):
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
     check_ldm_tokenizer(file, tokenizer)
     configs = {"unet": unet or {}, "vae": VAE | (vae or {}), "text_encoder": TEXT_ENCODER | (text_encoder or {})}
-    tokenizer = load_tokenizer(tokenizer, "", configs["text_encoder"]["vocab_size"], CLIP_FOLDER)
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
         raise UserError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
+    tokenizer = load_tokenizer(tokenizer, "", configs["text_encoder"]["vocab_size"], CLIP_FOLDER)
     painter = convert_mvdream_unet(weights, **configs["unet"])
     decoder = AutoencoderKL(**configs["vae"])
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)

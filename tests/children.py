@@ -1,6 +1,7 @@
 """Whole trainings in processes of their own, which a test may kill. They fork from a server that has imported
 everything once, because the imports take longer than the trainings."""
 
+import atexit
 import errno
 import multiprocessing
 import os
@@ -40,7 +41,10 @@ def _command(module, arguments, file):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # as Python does at the end of a command, but not of a process of multiprocessing
 
 
 def train(values, environment=None):

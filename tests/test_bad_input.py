@@ -255,7 +255,7 @@ TOOLS = [
     Bad("convert_instant3d to a file", "{bad}/file {bad}/file", ("file", "exists"), "tools.convert_instant3d"),
     Bad("convert_mvdream of a pickle", "{bad}/painter/ldm.pt {bad}/out --tokenizer {bad}/painter/vocabulary",
         ("ldm.pt", "no code in it was run"), "tools.convert_mvdream"),
-    Bad("convert_mvdream to a file", "tiny/weights/mvdream {bad}/file", ("OUT", "is a file"), "tools.convert_mvdream"),
+    Bad("convert_mvdream to a file", "tiny/weights/mvdream {bad}/file", ("OUT", "exists"), "tools.convert_mvdream"),
     Bad("convert_mvdream of nothing", "{bad}/nope {bad}/out", ("nope",), "tools.convert_mvdream"),
 ]  # fmt: skip
 
