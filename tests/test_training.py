@@ -401,7 +401,7 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     "mistake, words",
     [
         ("--config.train.lerning_rate=1", "lerning_rate does not exist: did you mean config.train.learning_rate"),
-        ("--config.resume_from=nowhere", "config.resume_from is 'nowhere', which does not exist"),
+        ("--config.resume_from=nowhere", "config.resume_from = 'nowhere' does not exist: give a run's folder"),
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
