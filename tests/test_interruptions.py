@@ -34,7 +34,8 @@ from ddpo.stopping import CannotWrite, Stopped, Stopping, resume_command
 from prompts.dataset import PromptDataset
 from tests import children
 from tests.test_training import DEADLINE, LORA, ROOT, assert_learnt_alike, metrics, same_files, without_seconds
-from tests.tiny_models import LATENT, PROMPTS, flags, settings
+from tests.tiny_models import PROMPTS, flags, settings
+from tools.rehearsal.checkpoints import LATENT
 
 
 def config_of(world, logdir, **changes):

@@ -146,12 +146,12 @@ def test_stock_diffusers_loads_what_was_learned(whole_run, world):
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
 MOMENTS = [  # the call in which the process dies, counted from where the run resumes
-    ("diffusers_patch.rollout.analytic_kl", 1),  # the first validation
-    ("diffusers_patch.rollout.analytic_kl", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
-    ("ddpo.update.ppo_loss", 5),  # update of epoch 1, between its two micro-batches
+    ("diffusers_patch.rollout.gaussian_log_prob", 1),  # the first validation
+    ("diffusers_patch.rollout.gaussian_log_prob", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
+    ("ddpo.update.average_gradients", 1),  # update of epoch 1
     ("torch.save", 1),  # saving checkpoint 2, half of it is there
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
-    ("ddpo.update.ppo_loss", 8 + 3),  # update of epoch 2
+    ("ddpo.update.average_gradients", 2),  # update of epoch 2
     ("matplotlib.pyplot.close", 1),  # saving what belongs to checkpoint 3, before the checkpoint
     ("ddpo.run_log.ttest_rel", 1),  # the very end
 ]
@@ -165,7 +165,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole_run, world,
         assert children.run(children.train_and_die, values, target, call) == -signal.SIGKILL, target
         assert find_checkpoint(run).name == f"checkpoint_000{epochs_done}"
         values = settings(world, tmp_path, resume_from=str(run))
-        if target == "ddpo.update.ppo_loss":
+        if target == "ddpo.update.average_gradients":
             with open(run / "metrics.jsonl", "a") as file:  # as if it had died writing
                 file.write('{"kind": "epo')
     assert children.run(children.train, values) == 0
