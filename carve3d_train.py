@@ -21,7 +21,7 @@ import numpy as np
 
 from config import cli
 from config.batches import batch_table, gradients_while_painting
-from config.validate import validate
+from config.validate import check_run_places, validate
 from ddpo.advantages import epoch_advantages
 from ddpo.bad_samples import leave_out_bad
 from ddpo.calibration import StepCalibration, check_clip_range
@@ -58,6 +58,7 @@ class Run:
 
     def __init__(self, config):
         self.config = config
+        check_run_places(config)
         set_arithmetic(config)
         self.accelerator = accelerator = start_accelerator(config)
         validate(config, accelerator.num_processes, accelerator.device.type)

@@ -13,6 +13,9 @@
 # CARVE3D_PROCESSES=N  processes on this machine, instead of one per GPU, or one per core and at most 2 without GPUs
 # CARVE3D_VENV=FOLDER  the environment to make or use instead of .venv; "system": the python3 on PATH as it is
 # CARVE3D_DRY_RUN=1    install nothing and print the command that would be run
+# CARVE3D_DEBUG=1      show where an error that is told in one sentence comes from
+#
+# Exit status: 2 after a mistake that the sentence on the screen tells how to mend, 1 after any other error.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source ./setup_env.sh
@@ -44,8 +47,10 @@ power_of_two_up_to() {
     echo "$power"
 }
 
-check() {  # check PROCESSES [trainer flags]: one sentence here instead of one from every process
-    [ -n "${CARVE3D_DRY_RUN:-}" ] || "$VENV_PYTHON" -m tools.check_config --processes "$@" >/dev/null
+check() {  # check PROCESSES [trainer flags]: in two seconds, instead of when all processes have started
+    local device=cpu
+    [ "$gpus" -eq 0 ] || device=cuda
+    [ -n "${CARVE3D_DRY_RUN:-}" ] || "$VENV_PYTHON" -m tools.check_config --device "$device" --processes "$@" >/dev/null
 }
 
 start() {
@@ -67,6 +72,11 @@ torchrun() {  # torchrun PROCESSES_ON_THIS_MACHINE [flags of torchrun] carve3d_t
     start "$VENV_PYTHON" -m tools.launch --nproc_per_node "$processes" "$@"
 }
 
+for flag in "$@"; do
+    case "$flag" in
+        -h | --help) usage; exit 0 ;;
+    esac
+done
 # what a run that is stopped says to type; a command around this one may have set it
 export CARVE3D_COMMAND="${CARVE3D_COMMAND:-bash carve3d_train.sh$([ $# -eq 0 ] || printf ' %q' "$@")}"
 if [ "${1:-}" = --rehearse ]; then
@@ -80,8 +90,7 @@ fi
 
 nodes=""
 case "${1:-}" in
-    -h | --help) usage; exit 0 ;;
-    "" | -*) default_config=config/tiny.py ;;
+    "" | -[!0-9]*) default_config=config/tiny.py ;;
     *)
         is_count "$1" || fail "'$1' is neither a number of machines nor a flag: write 'bash carve3d_train.sh', 'bash carve3d_train.sh --config.KEY=VALUE' or 'bash carve3d_train.sh NUM_NODES'"
         nodes="$1"
@@ -90,17 +99,18 @@ case "${1:-}" in
         ;;
 esac
 
-configuration="" before=""
+configuration="" given="" before=""
 for flag in "$@"; do
     case "$before" in
         --config | -config) configuration="$flag" ;;
     esac
     case "$flag" in
-        --config=* | -config=*) configuration="${flag#*=}" ;;
+        --config | -config) given=1 ;;
+        --config=* | -config=*) given=1 configuration="${flag#*=}" ;;
     esac
     before="$flag"
 done
-if [ -z "$configuration" ]; then
+if [ -z "$given" ]; then
     configuration="$default_config"
     set -- --config "$configuration" "$@"
 fi

@@ -11,9 +11,9 @@ if [ "$VENV" = system ]; then
     VENV_PYTHON=python3
 fi
 
-fail() {
+fail() {  # as a mistake that the user can mend ends every command
     echo "error: $*" >&2
-    exit 1
+    exit 2
 }
 
 find_python() {  # prints the first interpreter that is new enough
@@ -49,8 +49,8 @@ setup_env() {
         if [ ! -x "$VENV_PYTHON" ]; then
             python="$(find_python)" || exit 1
             echo "Making the environment $VENV with $("$python" --version)."
-            mkdir -p "$VENV"
-            touch "$ours" "$marker"
+            { mkdir -p "$VENV" && touch "$ours" "$marker"; } 2>/dev/null ||
+                fail "the environment cannot be made in $VENV, which is a file or cannot be written: set CARVE3D_VENV to another folder"
             "$python" -m venv "$VENV" ||
                 fail "$python cannot make environments: install its venv package (Debian, Ubuntu: apt install python3-venv) and run this again"
         fi

@@ -4,6 +4,8 @@ import math
 
 from ml_collections import ConfigDict
 
+from config.errors import UserError
+
 
 def derive_batches(config: ConfigDict, num_processes: int) -> ConfigDict:
     """Fill in, in place, the numbers that follow from others; calling it twice changes nothing more.
@@ -11,7 +13,7 @@ def derive_batches(config: ConfigDict, num_processes: int) -> ConfigDict:
     Totals and per-process numbers (`sample` here, and likewise `train` with gradient_accumulation_steps):
         total_batch_size = batch_size * num_processes * num_batches_per_epoch
     With num_batches_per_epoch = 0 it is derived from the total, and batch_size is an upper bound; otherwise the total
-    follows. Raises ValueError if the processes cannot share a total evenly.
+    follows. Raises UserError if the processes cannot share a total evenly.
     """
     sample, train = config.sample, config.train
     if sample.num_batches_per_epoch == 0:
@@ -109,9 +111,9 @@ def largest_divisor(number: int, limit: int) -> int:
 def _per_process(total: int, num_processes: int, total_key: str, count_key: str) -> int:
     """What one process does of `total`."""
     if total == 0:
-        raise ValueError(f"config.{total_key} and config.{count_key} are both 0: set one of them")
+        raise UserError(f"config.{total_key} and config.{count_key} are both 0: set one of them")
     if total % num_processes:
-        raise ValueError(
+        raise UserError(
             f"config.{total_key} is {total}, which {num_processes} processes cannot share evenly: run on "
             f"{largest_divisor(total, num_processes)}, or set it to {math.ceil(total / num_processes) * num_processes}"
         )

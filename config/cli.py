@@ -2,15 +2,30 @@
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from config import base
+from config.errors import MissingFileError, UserError, first_line
+
+USER_ERROR = 2  # exit status after a mistake of the user, as that of bash and argparse; any other error gives 1
+PATIENCE = 5  # seconds that a process waits for the first one of its machine to tell a mistake that both have found
+PLACE_ERRORS = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)  # of a disk, not of the program
 
 # Keys of the published configurations that have another name here, or that nothing needs any more.
 PUBLISHED_NAMES = {
@@ -46,7 +61,7 @@ def run(
     with one_sentence(program):
         args, words = parse(sys.argv, default_config, define_flags)
         if words and not takes_words:
-            raise ValueError(f"{words[0]!r} is not a flag: flags are written --config.KEY=VALUE")
+            raise UserError(f"{words[0]!r} is not a flag: flags are written --config.KEY=VALUE")
         main(args, *words)
 
 
@@ -55,10 +70,10 @@ def parse(
 ) -> tuple[flags.FlagValues, list[str]]:
     """The parsed flags of a command line (as sys.argv), and the words that are not flags.
 
-    Raises ValueError with one sentence for a wrong flag or a configuration file that cannot be used.
+    Raises UserError for a wrong flag or a configuration file that cannot be used.
     """
     check_flags(arguments)
-    arguments = _config_first(arguments)
+    file, arguments = _config_first(arguments)
     try:
         description = "Configuration file, with :NAME for one of its runs."
         config_flags.DEFINE_config_file("config", default_config, description, sys_argv=arguments)
@@ -67,76 +82,149 @@ def parse(
         flags.FLAGS.set_gnu_getopt()  # flags may follow the words
         words = flags.FLAGS(arguments)[1:]
         flags.FLAGS.config.keys()  # what went wrong in a configuration file is raised on first use only
-    except (OSError, flags.Error) as error:
-        raise ValueError(_reason(str(error))) from error
-    except AttributeError as error:  # a locked configuration got an unknown key
-        raise ValueError(_reason(f"AttributeError: {error}")) from error
+    except flags.Error as error:
+        raise UserError(_reason(str(error), file or default_config)) from error
+    except Exception as error:  # whatever the file, which may be the user's own, raised
+        reason = _reason(f"{type(error).__name__}: {error}", file or default_config)
+        raise UserError(reason) from error
     return flags.FLAGS, words
 
 
-def _config_first(arguments: Sequence[str]) -> list[str]:
-    """The same command line with --config before the --config.KEY flags, where config_flags wants it."""
+def _config_first(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The value of --config ("" without one), and the same command line with it before the --config.KEY flags, where
+    config_flags wants it.
+
+    Raises UserError if there are two, if it has no value, or if there is no such file."""
     arguments = list(arguments)
-    for place, argument in enumerate(arguments):
-        if re.fullmatch(r"--?config(=.*)?", argument, flags=re.DOTALL):
-            end = place + 1 if "=" in argument else place + 2
-            return [arguments[0], *arguments[place:end], *arguments[1:place], *arguments[end:]]
-    return arguments
+    flags_end = arguments.index("--") if "--" in arguments else len(arguments)
+    places = [place for place in range(flags_end) if re.fullmatch(r"--?config(=.*)?", arguments[place], re.DOTALL)]
+    if not places:
+        return "", arguments
+    if len(places) > 1:
+        raise UserError("--config is given twice: give one, and change its keys with --config.KEY=VALUE")
+    place = places[0]
+    end = place + 1 if "=" in arguments[place] else place + 2
+    value = arguments[place].partition("=")[2] if "=" in arguments[place] else "".join(arguments[place + 1 : end])
+    if not value or value.startswith("-"):
+        raise UserError("--config has no value: give a file such as config/tiny.py")
+    file = value.split(":")[0]
+    if not Path(file).is_file():
+        found = "is a folder" if Path(file).is_dir() else "does not exist"
+        raise MissingFileError(f"--config names {file!r}, which {found}: give a file such as config/tiny.py")
+    return value, [arguments[0], *arguments[place:end], *arguments[1:place], *arguments[end:]]
 
 
-def _reason(message: str) -> str:
+def _reason(message: str, file: str) -> str:
     """The cause in one line, where absl and config_flags report a whole traceback as text."""
-    errors = re.findall(r"^\s*\w+Error: (.*)$", message, flags=re.MULTILINE)
+    errors = re.findall(r"^\s*(?:\w+\.)*(\w+(?:Error|Exception)): (.*)$", message, flags=re.MULTILINE)
     if errors:
-        cause = errors[-1].split(" Other fields present")[0].strip("'\"")
-        return f"the configuration file cannot be used: {cause} (CARVE3D_DEBUG=1 shows where)"
-    missing = re.search(r"No such file or directory: '(.*)'", message)
-    if missing:
-        return f"--config names {missing[1]!r}, which does not exist: give a file such as config/tiny.py"
-    return " ".join(message.split()).removeprefix(
+        kind, cause = errors[-1]
+        if kind == "UserError":
+            return cause
+        cause = cause.split(" Other fields present")[0].strip("'\"")
+        return f"the configuration {file} cannot be used: {cause} (CARVE3D_DEBUG=1 shows where)"
+    return first_line(" ".join(message.split())).removeprefix(
         "Configuration is not available because of an earlier failure to load: "
     )
 
 
 @contextlib.contextmanager
 def one_sentence(program: str) -> Iterator[None]:
-    """Inside, an error that a user can fix ends the program with "program: sentence" and exit status 1.
+    """Inside, a mistake of the user ends the program with "program: sentence" and exit status `USER_ERROR`.
 
-    CARVE3D_DEBUG=1 in the environment shows the whole traceback instead.
+    That is a `UserError`, or a disk that is full or may not be written. Any other error keeps its traceback, and with
+    CARVE3D_DEBUG=1 in the environment these have theirs too. Of several processes that torchrun started on a machine
+    one speaks, and the others, which stop for the same reason or because it has stopped, are silent.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
+    except Exception as error:
         if os.environ.get("CARVE3D_DEBUG"):
             raise
-        sys.exit(f"{program}: {' '.join(str(error).split())}")  # those of libraries may have several lines
+        said = _said_by_a_process()
+        if isinstance(error, UserError) or getattr(error, "errno", None) in PLACE_ERRORS:
+            if said is None or _is_first(said):
+                sys.stderr.write(f"{program}: {error}\n")  # in one piece, though others may be writing too
+                sys.stderr.flush()
+            sys.exit(USER_ERROR)
+        if said is not None and said.exists():
+            sys.exit(USER_ERROR)
+        raise
+
+
+def _said_by_a_process() -> Path | None:
+    """The file that exists once a process of this machine has spoken; None if torchrun did not start this process."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # one for each process, in a folder of its own
+    return Path(error_file).parent.parent / "user_error" if error_file else None
+
+
+def _is_first(said: Path) -> bool:
+    """Whether this process is the one that creates the file `said`.
+
+    The first process of a machine goes before the others, so that the sentence stands behind what it has printed; they
+    wait for it, but not long, since it need not have found the mistake."""
+    deadline = time.monotonic() + (0 if os.environ.get("LOCAL_RANK") == "0" else PATIENCE)
+    while time.monotonic() < deadline and not said.exists():
+        time.sleep(0.05)
+    try:
+        said.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
 
 
 def check_flags(arguments: Sequence[str]) -> None:
-    """Refuse `--config.KEY` flags whose KEY does not exist, naming the nearest one that does.
+    """Refuse `--config.KEY=VALUE` flags whose KEY does not exist, naming the nearest one that does, or whose VALUE is
+    of another type.
 
-    arguments: the command line, as sys.argv. Raises ValueError, where absl's own error would name no alternative.
+    arguments: the command line, as sys.argv. Raises UserError, where absl's own error would not say what to write.
     """
-    known = _keys(base.get_config())
-    for argument in arguments:
-        flag = re.match(r"--?(?:no)?config\.([^=]+)(?:=(.*))?$", argument, flags=re.DOTALL)
+    defaults = _keys(base.get_config())
+    following = [*arguments[1:], ""]
+    for argument, following_argument in zip(arguments, following, strict=True):
+        if argument == "--":
+            break
+        flag = re.match(r"--?(no)?config\.([^=]+)(?:=(.*))?$", argument, flags=re.DOTALL)
         if flag is None:
             continue
-        key, value = flag.groups()
-        if key not in known:
-            raise ValueError(_unknown_key(key, known))
+        negated, key, value = flag.groups()
+        if key not in defaults:
+            raise UserError(_unknown_key(key, list(defaults)))
         if key == "per_prompt_stat_tracking" and value == "None":
-            raise ValueError(
+            raise UserError(
                 "--config.per_prompt_stat_tracking=None cannot be written on the command line: use "
                 "--config.per_prompt_stat_tracking.buffer_size=0"
             )
+        default = defaults[key]
+        if value is None and isinstance(default, bool):
+            continue
+        if not negated:
+            _check_type(key, default, following_argument if value is None else value)
 
 
-def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
-    """All keys under their dotted names, sections included."""
-    found = []
+def _check_type(key: str, default: object, text: str) -> None:
+    """Raise UserError unless `text` can be a value of config.`key`, whose default is `default`."""
+    if isinstance(default, ConfigDict):
+        example = next(iter(default))
+        raise UserError(f"config.{key} is a section: set its keys, such as --config.{key}.{example}={default[example]}")
+    for kind, parser, wanted in (
+        (bool, flags.BooleanParser(), "True or False"),  # before int, which it is too
+        (int, flags.IntegerParser(), "a whole number"),
+        (float, flags.FloatParser(), "a number"),
+    ):
+        if isinstance(default, kind):
+            try:
+                parser.parse(text)
+            except (TypeError, ValueError):
+                raise UserError(f"config.{key} is {text!r}: set it to {wanted}, such as {default}") from None
+            return
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> dict[str, object]:
+    """{dotted name: value} of all keys, sections included."""
+    found = {}
     for key, value in config.items():
-        found += [prefix + key, *(_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else [])]
+        found |= {prefix + key: value, **(_keys(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {})}
     return found
 
 
@@ -146,8 +234,9 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
     leaf = key.split(".")[-1]
 
     def likeness(name):  # by the whole name or by its last part: train.lr_rate, but also plain learning_rate
-        whole = _similarity(key, name)
-        return max(whole, _similarity(leaf, name.split(".")[-1])), whole
+        whole, last = _similarity(key, name), name.split(".")[-1]
+        initials = "".join(word[0] for word in last.split("_")) == leaf  # lr
+        return initials or max(whole, _similarity(leaf, last)), whole
 
     sections = {name.rpartition(".")[0] for name in known}
     nearest = max((name for name in known if name not in sections), key=likeness)

@@ -25,6 +25,7 @@ import inspect
 from ml_collections import ConfigDict
 
 from config import base
+from config.errors import UserError
 
 SAMPLES_PER_EPOCH = 768  # published
 TRAIN_PROMPTS = 30  # published: the 30 of 100 candidates with the lowest reward under the base model
@@ -55,7 +56,7 @@ def batch_size(num_samples: int) -> ConfigDict:
 def kl_coefficient(coefficient: float) -> ConfigDict:
     """Another weight of the KL in the reward; 0 = none, still logged."""
     config = carve3d_train()
-    config.kl_normalized_coeff = float(coefficient)
+    config.kl_normalized_coeff = _number("kl_coefficient", coefficient)
     return config
 
 
@@ -63,7 +64,7 @@ def multi_round(rounds: int) -> ConfigDict:
     """PPO as DDPO runs it: `rounds` updates on the 768 samples of an epoch, the later ones off-policy."""
     config = carve3d_train()
     if SAMPLES_PER_EPOCH % _positive_int("multi_round", rounds):
-        raise ValueError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a divisor of it")
+        raise UserError(f"multi_round({rounds}): {SAMPLES_PER_EPOCH} samples do not split evenly; use a divisor of it")
     config.train.total_batch_size = SAMPLES_PER_EPOCH // rounds
     return config
 
@@ -89,7 +90,7 @@ def instant3d_grm(gigabytes: float = 80) -> ConfigDict:
     config.sample.initial_latents = "gaussian_blob"
     config.recon.name = "grm"
     config.recon.dtype = "bf16"  # as published
-    return _fit(config, gigabytes)
+    return _fit(config, _number("instant3d_grm", gigabytes))
 
 
 def instant3d_instantmesh(gigabytes: float = 80) -> ConfigDict:
@@ -114,7 +115,7 @@ def mvdream_lgm(gigabytes: float = 80) -> ConfigDict:
     config.recon.dtype = "fp16"
     config.recon.remove_background = True  # MVDream paints on gray
     config.recon.render_size = 256
-    return _fit(config, gigabytes)
+    return _fit(config, _number("mvdream_lgm", gigabytes))
 
 
 def mvdream_instantmesh(gigabytes: float = 80) -> ConfigDict:
@@ -129,19 +130,19 @@ def mvdream_instantmesh(gigabytes: float = 80) -> ConfigDict:
 def get_config(name: str = "carve3d_train") -> ConfigDict:
     """The run called `name`: a function of this file, with its arguments if it has any, as in "data_size(10)".
 
-    Raises ValueError when there is no such run or when it gets the wrong arguments.
+    Raises UserError when there is no such run or when it gets the wrong arguments.
     """
     with_sizes = (data_size, batch_size, kl_coefficient, multi_round)
     pairs = (instant3d_grm, instant3d_instantmesh, mvdream_lgm, mvdream_instantmesh)
     runs = {run.__name__: run for run in (carve3d_train, *with_sizes, fast, *pairs)}
     function, _, rest = name.strip().partition("(")
     if function not in runs or (rest and not rest.endswith(")")):
-        raise ValueError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
+        raise UserError(f"config/dgx.py has no run {name!r}: write one of {', '.join(runs)}, e.g. data_size(10)")
     try:
         arguments = ast.literal_eval(f"({rest[:-1]},)") if rest[:-1].strip() else ()
         inspect.signature(runs[function]).bind(*arguments)
     except (SyntaxError, TypeError, ValueError) as error:
-        raise ValueError(f"config/dgx.py:{name} has wrong arguments: write numbers, as in data_size(10)") from error
+        raise UserError(f"config/dgx.py:{name} has wrong arguments: write numbers, as in data_size(10)") from error
     return runs[function](*arguments)
 
 
@@ -149,7 +150,7 @@ def _with_sizes(config: ConfigDict, samples: int, prompts: int) -> ConfigDict:
     """`samples` per epoch and per update, over `prompts` training prompts; buffers as published."""
     per_prompt = samples // prompts
     if per_prompt < 2:
-        raise ValueError(
+        raise UserError(
             f"{samples} samples per epoch over {prompts} prompts leave fewer than 2 per prompt: use at "
             f"most {samples // 2} prompts, or more samples"
         )
@@ -169,7 +170,7 @@ def _with_instantmesh(config: ConfigDict, cameras: str) -> ConfigDict:
 def _fit(config: ConfigDict, gigabytes: float) -> ConfigDict:
     """Smaller batches for GPUs of less than 80 GB; `python -m tools.plan` shows what each stage then needs."""
     if gigabytes < 24:
-        raise ValueError(f"{gigabytes} GB are too few for this run: use GPUs of 24 GB or more")
+        raise UserError(f"{gigabytes:g} GB are too few for this run: use GPUs of 24 GB or more")
     if gigabytes < 80:
         config.train.gradient_checkpointing = True
         config.sample.batch_size, config.sample.decode_batch_size = 4, 1
@@ -178,5 +179,11 @@ def _fit(config: ConfigDict, gigabytes: float) -> ConfigDict:
 
 def _positive_int(run: str, value) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{run}({value!r}): the argument must be a whole number of at least 1")
+        raise UserError(f"{run}({value!r}): the argument must be a whole number of at least 1")
     return value
+
+
+def _number(run: str, value) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise UserError(f"{run}({value!r}): the argument must be a number")
+    return float(value)

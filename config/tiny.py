@@ -11,6 +11,7 @@ convolutions.
 from ml_collections import ConfigDict
 
 from config import base
+from config.errors import UserError
 
 
 def grid() -> ConfigDict:
@@ -81,8 +82,8 @@ def mvdream() -> ConfigDict:
 
 
 def get_config(name: str = "grid") -> ConfigDict:
-    """The run called `name`. Raises ValueError when there is no such run."""
+    """The run called `name`. Raises UserError when there is no such run."""
     runs = {run.__name__: run for run in (grid, mvdream)}
     if name not in runs:
-        raise ValueError(f"config/tiny.py has no run {name!r}: write one of {', '.join(runs)}")
+        raise UserError(f"config/tiny.py has no run {name!r}: write one of {', '.join(runs)}")
     return runs[name]()

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from config.batches import trainable_steps, trained_steps
+from config.errors import UserError
 from ddpo.sampling import CLIP_RANGE, make_generator
 from diffusers_patch.ddim_with_logprob import ddim_mean_std, draw, gaussian_log_prob
 from diffusers_patch.policy import DTYPES, MultiViewPolicy
@@ -133,7 +134,7 @@ def check_clip_range(policy: MultiViewPolicy, prompts: Sequence[str], config: Co
     deviation = ratio_deviation(policy, prompts, config)
     fraction = float((deviation > allowed).float().mean())
     if fraction > LARGEST_CLIP_FRACTION:
-        raise ValueError(
+        raise UserError(
             f"config.train.clip_range is {allowed:g}, but with config.mixed_precision = {config.mixed_precision!r} "
             f"rounding alone moves {100 * fraction:.0f} % of the ratios further than that from 1, and nothing would be "
             f"learned from those: set it to {2 * float(deviation.quantile(0.99)):.1g}, or choose a more precise type"

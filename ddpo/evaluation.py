@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from scipy.stats import sem, ttest_rel
 
+from config.errors import UserError
 from ddpo.files import write_whole
 
 BASE = "base"  # the model without a LoRA, with which the others are compared
@@ -34,7 +35,7 @@ class Parts:
         found = json.loads(self.settings_file.read_text()) if self.settings_file.exists() else self.settings
         differing = sorted(key for key in {*found, *self.settings} if found.get(key) != self.settings.get(key))
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{folder} belongs to an evaluation with other settings ({', '.join(differing)}): give another --out, "
                 f"or remove that folder to start again"
             )
@@ -69,7 +70,7 @@ class Parts:
         try:
             text = "".join(json.dumps({"model": model, **row}, allow_nan=False) + "\n" for row in rows)
         except ValueError:
-            raise ValueError(
+            raise UserError(
                 f"a number of {model!r} is not finite ({rows}): check its LoRA, the reconstructor and mixed_precision"
             ) from None
         self.file.write(text)

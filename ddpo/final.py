@@ -6,7 +6,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ddpo.files import whole
-from diffusers_patch.policy import LORA_FILE, MultiViewPolicy
+from diffusers_patch.checks import LORA_FILE
+from diffusers_patch.policy import MultiViewPolicy
 
 FUSED = "fuse_first"  # the LoRA that was fused into the painter before the run
 

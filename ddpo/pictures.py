@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
+from config.errors import UserError
 from ddpo.files import whole
 
 SIDE = (96, 256)  # about the smallest and the largest side in pixels of a view in a picture
@@ -57,20 +58,19 @@ def save_views(rows: dict[str, torch.Tensor], file: Path) -> None:
 
 
 def load_views(file: Path) -> dict[str, torch.Tensor]:
-    """What `save_views` wrote: label -> (V, 3, S, S) uint8. Raises ValueError for another file."""
+    """What `save_views` wrote: label -> (V, 3, S, S) uint8. Raises UserError for another file."""
     try:
         with Image.open(file) as picture:
             rows = json.loads(picture.text["rows"])
             pixels = torch.from_numpy(np.array(picture))
-    except (KeyError, AttributeError, ValueError, UnidentifiedImageError, OSError) as error:
-        raise ValueError(
+        return {
+            label: strip.unflatten(1, (count, -1)).permute(1, 3, 0, 2)
+            for (label, count), strip in zip(rows.items(), pixels.chunk(len(rows)), strict=True)
+        }
+    except Exception as error:  # of many kinds: no file, no picture, no text in it, or one that does not fit its pixels
+        raise UserError(
             f"{file} is missing or not a picture of views that a run wrote: give the run's own file"
         ) from error
-    strips = pixels.chunk(len(rows))
-    return {
-        label: strip.unflatten(1, (count, -1)).permute(1, 3, 0, 2)
-        for (label, count), strip in zip(rows.items(), strips, strict=True)
-    }
 
 
 def _pixels(views):

@@ -19,13 +19,12 @@ from ml_collections import ConfigDict
 
 from config import base
 from config.errors import UserError
-from config.validate import flatten
+from config.validate import AUTO, flatten
 from ddpo.checkpoint import checkpoints, epochs_of, find_checkpoint
 from ddpo.files import PARTIAL
 from prompts.dataset import PromptDataset
 
 LOCK = "run.lock"
-AUTO = "auto"  # config.resume_from: the run's newest good checkpoint, or a new run
 # What a run's weights and optimizer are made for; with other values they could not be loaded.
 FIXED = ("painter.name", "use_lora", "lora.rank", "lora.targets", "train.use_8bit_adam")
 OF_RESUMING = ("resume_from", "resume_previous_if_damaged")
@@ -63,12 +62,12 @@ def open_run(config: ConfigDict, accelerator: Accelerator, prompts: PromptDatase
 
 
 def on_main_process(accelerator: Accelerator, function: Callable[[], object]) -> object:
-    """In every process what `function` returns or raises (ValueError or OSError) in the main process."""
+    """In every process what `function` returns or raises (UserError or OSError) in the main process."""
     outcome = [None, None]
     if accelerator.is_main_process:
         try:
             outcome[0] = function()
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             outcome[1] = error
     result, error = broadcast_object_list(outcome)
     if error is not None:

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from config.errors import UserError
+
 STD_EPSILON = 1e-6
 
 
@@ -68,8 +70,8 @@ class PerPromptStatTracker:
 
 
 def one_value_per_prompt(name: str, values: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """`values` as a (N,) array for N prompts. Raises ValueError, which calls it `name`, for another shape or a value
-    that is NaN or infinite."""
+    """`values` as a (N,) array for N prompts. Raises ValueError for another shape and UserError for a value that
+    is NaN or infinite, which call it `name`."""
     values = np.asarray(values)
     if values.shape != (len(prompts),):
         raise ValueError(
@@ -77,7 +79,7 @@ def one_value_per_prompt(name: str, values: np.ndarray, prompts: Sequence[str]) 
         )
     finite = np.isfinite(values)
     if not finite.all():
-        raise ValueError(
+        raise UserError(
             f"{name} holds {int((~finite).sum())} NaN or infinite values, the first of prompt "
             f"{prompts[int(finite.argmin())]!r}: nothing can be learned from them; fix what computes them"
         )

@@ -26,6 +26,8 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 
+from config.errors import UserError
+
 
 def ddim_step_with_logprob(
     scheduler: DDIMScheduler,
@@ -147,14 +149,14 @@ def ddim_std(scheduler: DDIMScheduler, timestep: torch.Tensor | int, eta: float)
 
 
 def check_scheduler(scheduler: DDIMScheduler) -> None:
-    """Raise ValueError if a step of the scheduler's current schedule has no density (its std would be 0).
+    """Raise UserError if a step of the scheduler's current schedule has no density (its std would be 0).
 
     That happens at t = 0, whose previous timestep is 0 too: `steps_offset = 0` and `linspace` spacing end there.
     """
     _step_length(scheduler)
     last = int(scheduler.timesteps[-1])
     if last == 0:
-        raise ValueError(
+        raise UserError(
             f"the scheduler's last timestep is 0 (timestep_spacing = {scheduler.config.timestep_spacing!r}, "
             f"steps_offset = {scheduler.config.steps_offset}), where the step has no noise and its log-probability is "
             f"NaN: set steps_offset = 1 and timestep_spacing = 'leading' in the scheduler's config"

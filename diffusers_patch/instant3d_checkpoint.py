@@ -21,6 +21,7 @@ from diffusers.loaders.single_file_utils import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from config.errors import UserError
 from diffusers_patch.conversion import load_tokenizer, read_configs
 from recon.weights import differences, read_weights
 
@@ -80,16 +81,16 @@ def convert_instant3d(
     """{part: model} of the `PARTS` of SDXL from one state dict under sgm's names; weights keep their type and device.
 
     configs: {part: configuration}, for a checkpoint that is not of the public size. source: its name in messages.
-    Raises ValueError, naming keys, unless every weight of every model is there in the right shape and every weight of
+    Raises UserError, naming keys, unless every weight of every model is there in the right shape and every weight of
     the file is used or in `NOT_NEEDED`.
     """
     absent = [f"{part.prefix}* ({name})" for name, part in PARTS.items() if not _of(part, weights)]
     if absent:
-        raise ValueError(f"{source} has no weights {', '.join(absent)}: {PUBLISHED}.")
+        raise UserError(f"{source} has no weights {', '.join(absent)}: {PUBLISHED}.")
     prefixes = tuple(part.prefix for part in PARTS.values())
     unknown = [key for key in weights if not key.startswith(prefixes) and key not in NOT_NEEDED]
     if unknown:
-        raise ValueError(f"{source} holds {_some(unknown)}, which no part of SDXL has: {PUBLISHED}.")
+        raise UserError(f"{source} holds {_some(unknown)}, which no part of SDXL has: {PUBLISHED}.")
     return {name: _convert_part(name, _of(part, weights), configs[name], source) for name, part in PARTS.items()}
 
 
@@ -100,7 +101,7 @@ def _convert_part(name, weights, config, source):
     try:
         converted = part.convert(model, weights)
     except KeyError as error:  # a converter looked for a weight
-        raise ValueError(f"{source} lacks {part.prefix}{error.args[0]}: {PUBLISHED}.") from error
+        raise UserError(f"{source} lacks {part.prefix}{error.args[0]}: {PUBLISHED}.") from error
     own = model.state_dict()
     converted = {
         # transformers 5 dropped the prefix "text_model." from one of its text encoders
@@ -110,10 +111,10 @@ def _convert_part(name, weights, config, source):
     }
     found = differences(converted, {key: value.shape for key, value in own.items()})
     if found:
-        raise ValueError(f"{source} does not hold the {name} of SDXL (in diffusers' names: {found}): {PUBLISHED}.")
+        raise UserError(f"{source} does not hold the {name} of SDXL (in diffusers' names: {found}): {PUBLISHED}.")
     unused = unused_keys(lambda marks: part.convert(model, marks), weights)
     if unused:
-        raise ValueError(f"{source} holds {_some(unused)}, which the {name} of SDXL does not have: {PUBLISHED}.")
+        raise UserError(f"{source} holds {_some(unused)}, which the {name} of SDXL does not have: {PUBLISHED}.")
     model.load_state_dict(converted, assign=True)
     return model.requires_grad_(False).eval()
 
@@ -142,7 +143,7 @@ def load_instant3d_pipeline(
     """The pipeline of the file `source` (.pth or .safetensors) with the DDIM scheduler of SDXL's betas.
 
     tokenizer, tokenizer_2: see `load_tokenizers`. dtype: of all weights; None = as in the file.
-    Raises FileNotFoundError or ValueError with one sentence.
+    Raises MissingFileError or UserError with one sentence.
     """
     vocabularies = [configs[name]["vocab_size"] for name in ("text_encoder", "text_encoder_2")]
     tokenizers = load_tokenizers(tokenizer, tokenizer_2, vocabularies)
@@ -168,7 +169,7 @@ def load_tokenizers(
         if `tokenizer_2` is given too, the folder of the first one alone. They differ in their padding only, which is
         set here: the end token for CLIP, token 0 for OpenCLIP. So one and the same folder may be given twice.
     vocabularies: how many tokens each text encoder knows.
-    Raises FileNotFoundError.
+    Raises MissingFileError.
     """
     where = (
         [(tokenizer, ""), (tokenizer_2, "")] if tokenizer_2 else [(tokenizer, "tokenizer"), (tokenizer, "tokenizer_2")]

@@ -1,9 +1,10 @@
 """From a configuration to a painter: the multi-view diffusion model that a run finetunes.
 
-A new kind of painter is one entry in `PAINTERS` (and its name in config/validate.py).
+A new kind of painter is one entry in `PAINTERS` and one in `checks.KINDS` (and its name in config/validate.py).
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,46 +15,32 @@ from huggingface_hub import list_repo_files, try_to_load_from_cache
 from ml_collections import ConfigDict
 from transformers.utils import logging as transformers_logging
 
-from config.validate import ANY_CAMERAS
+from config.errors import UserError, first_line
+from diffusers_patch.checks import check_cameras as check_cameras
+from diffusers_patch.checks import check_painter_files, check_timesteps, check_unet, painter_cameras, read_lora
 from diffusers_patch.conversion import load_tokenizers_of
 from diffusers_patch.ddim_with_logprob import check_scheduler
 from diffusers_patch.mv_sdxl import MVSDXL
 from diffusers_patch.mvdream import MVDream
 from diffusers_patch.mvdream_checkpoints import SCHEDULER, load_mvdream_pipeline
-from diffusers_patch.policy import DTYPES, LORA_FILE, MultiViewPolicy
-from recon import reconstructor_cameras
-from recon.cameras import Cameras, camera_disagreement, instant3d_cameras, mvdream_camera_vectors, mvdream_cameras
+from diffusers_patch.policy import DTYPES, MultiViewPolicy
+from recon.cameras import mvdream_camera_vectors
 
 
 @dataclass(frozen=True)
 class Painter:
-    """How one kind of painter is made.
+    """How one kind of painter is made; what is known before is in `checks.KINDS`.
 
-    cameras: config.painter -> where its views stand, known before anything is loaded.
     load_pipeline: (config.pretrained, scheduler, dtype, variant) -> stock diffusers pipeline.
     make_policy: (pipeline, cameras, config) -> MultiViewPolicy.
-    rig: what config.recon.cameras calls these cameras.
-    camera_hint: what can be changed if the cameras do not fit the reconstructor's.
     """
 
-    cameras: Callable
     load_pipeline: Callable
     make_policy: Callable
-    rig: str
-    camera_hint: str = ""
 
 
 def _load_sdxl(pretrained, scheduler, **options):
-    if Path(pretrained.model).is_file():
-        raise ValueError(
-            f"config.pretrained.model = {pretrained.model!r} is a file, and the painter 'mv_sdxl' is loaded from a "
-            f"folder: convert it with python -m tools.convert_instant3d {pretrained.model} OUT, and give OUT"
-        )
-    if _unet_config(pretrained).get("addition_embed_type") != "text_time":
-        raise ValueError(
-            f"config.pretrained.model = {pretrained.model!r} is no SDXL, which the painter 'mv_sdxl' is: give one, or "
-            f"set config.painter.name to 'mvdream' for MVDream"
-        )
+    check_unet(_unet_config(pretrained), "mv_sdxl", f"config.pretrained.model = {pretrained.model!r}")
     return StableDiffusionXLPipeline.from_pretrained(
         pretrained.model,
         revision=pretrained.revision,
@@ -86,62 +73,25 @@ def _make_mvdream(pipeline, cameras, config):
     return MVDream(pipeline, cameras, vectors, config.sample.guidance_rescale, config.painter.negative_prompt)
 
 
-PAINTERS = {
-    "mv_sdxl": Painter(lambda painter: instant3d_cameras(), _load_sdxl, _make_mv_sdxl, rig="instant3d"),
-    "mvdream": Painter(
-        lambda painter: mvdream_cameras(painter.elevation, painter.azimuth_start),
-        _load_mvdream,
-        _make_mvdream,
-        rig="mvdream",
-        camera_hint="set config.painter.elevation to the reconstructor's, or ",
-    ),
-}
-
-
-def painter_cameras(config: ConfigDict) -> Cameras:
-    """Where the views of the painter in `config` (config.painter) stand. Nothing is loaded."""
-    return PAINTERS[config.name].cameras(config)
-
-
-def check_cameras(config: ConfigDict) -> None:
-    """Raise ValueError if painter and reconstructor look from different places. Nothing is loaded."""
-    if config.reward_fn != "mrc":
-        return
-    problems = camera_disagreement(painter_cameras(config.painter), reconstructor_cameras(config.recon))
-    painter = PAINTERS[config.painter.name]
-    if problems and config.recon.name in ANY_CAMERAS:
-        elevation = f" and config.recon.elevation to {config.painter.elevation:g}" if painter.rig == "mvdream" else ""
-        raise ValueError(
-            f"the painter {config.painter.name!r} does not paint for config.recon.cameras = {config.recon.cameras!r}: "
-            f"{'; '.join(problems)}; set it to {painter.rig!r}{elevation}"
-        )
-    if problems:
-        raise ValueError(
-            f"the painter {config.painter.name!r} and the reconstructor {config.recon.name!r} do not fit together: "
-            f"{'; '.join(problems)}; {painter.camera_hint}choose another config.recon.name or "
-            f"config.painter.name"
-        )
+PAINTERS = {"mv_sdxl": Painter(_load_sdxl, _make_mv_sdxl), "mvdream": Painter(_load_mvdream, _make_mvdream)}
 
 
 def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPolicy:
     """The multi-view policy of `config`, on `device`, without anything trainable yet.
 
-    Raises ValueError or FileNotFoundError, before the large files are read where that is possible.
+    Raises UserError or MissingFileError, before the large files are read where that is possible.
     """
     painter = PAINTERS[config.painter.name]
+    check_painter_files(config)
     for library in (diffusers_logging, transformers_logging):
         library.disable_progress_bar()  # of reading files; downloads keep theirs
     vae = load_vae(config.pretrained.vae) if config.pretrained.vae else None
-    try:
+    with reading("config.pretrained.model", config.pretrained.model, "the folder or hub id of a diffusers pipeline"):
         scheduler = load_scheduler(config.pretrained)
+        check_timesteps(scheduler.config, config.sample.num_steps)
         scheduler.set_timesteps(config.sample.num_steps)
         check_scheduler(scheduler)
         pipeline = painter.load_pipeline(config.pretrained, scheduler, **loading_options(config))
-    except OSError as error:
-        raise FileNotFoundError(
-            f"config.pretrained.model = {config.pretrained.model!r} could not be loaded as a diffusers pipeline "
-            f"({error}): give a pipeline folder or a hub id"
-        ) from error
     pipeline.set_progress_bar_config(disable=True)
     if vae is not None:
         replace_vae(pipeline, vae, config.pretrained.vae)
@@ -150,6 +100,22 @@ def load_painter(config: ConfigDict, device: torch.device | str) -> MultiViewPol
     policy = painter.make_policy(pipeline, painter_cameras(config.painter), config)
     policy.decode_batch_size = config.sample.decode_batch_size
     return policy.to(device, config.mixed_precision)
+
+
+@contextlib.contextmanager
+def reading(key: str, source: str, wanted: str) -> Iterator[None]:
+    """Inside, a library reads `source`, the value of `key`: errors of many kinds, which do not name it, become a
+    UserError that does.
+
+    They may advise to run code that is in the files, which is never done here."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if any(advice in str(error) for advice in ("trust_remote_code", "weights_only")):
+            raise UserError(f"{key} = {source!r} brings code of its own, which is never run: give {wanted}") from error
+        raise UserError(f"{key} = {source!r} could not be read ({first_line(error)}): give {wanted}") from error
 
 
 def loading_options(config: ConfigDict) -> dict:
@@ -199,22 +165,18 @@ def load_scheduler(pretrained: ConfigDict) -> DDIMScheduler:
 
 
 def load_vae(source: str) -> AutoencoderKL:
-    """The VAE in a folder, or of a hub id. Raises FileNotFoundError, or ValueError if something else is there."""
+    """The VAE in a folder, or of a hub id. Raises MissingFileError, or UserError if something else is there."""
     where = {"pretrained_model_name_or_path": source, "local_files_only": Path(source).is_dir()}
-    try:
+    wanted = "a folder with a VAE's config.json and weights, a hub id, or '' for the painter's own"
+    with reading("config.pretrained.vae", source, wanted):
         kind = AutoencoderKL.load_config(**where).get("_class_name", "no model of diffusers")
         if kind != "AutoencoderKL":
-            raise ValueError(f"config.pretrained.vae = {source!r} holds {kind}: give an AutoencoderKL")
+            raise UserError(f"config.pretrained.vae = {source!r} holds {kind}: give an AutoencoderKL")
         return AutoencoderKL.from_pretrained(**where)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"config.pretrained.vae = {source!r} could not be loaded ({' '.join(str(error).split())}): give a folder "
-            f"with a VAE's config.json and weights, a hub id, or '' for the painter's own"
-        ) from error
 
 
 def replace_vae(pipeline, vae: AutoencoderKL, source: str) -> None:
-    """Let `pipeline` decode with another VAE of the same latents. Raises ValueError if they cannot be the same."""
+    """Let `pipeline` decode with another VAE of the same latents. Raises UserError if they cannot be the same."""
 
     def latents(vae):
         # every block but the last halves the image
@@ -222,7 +184,7 @@ def replace_vae(pipeline, vae: AutoencoderKL, source: str) -> None:
         return f"{vae.config.latent_channels} channels scaled by {vae.config.scaling_factor} at 1/{reduction} size"
 
     if latents(vae) != latents(pipeline.vae):
-        raise ValueError(
+        raise UserError(
             f"config.pretrained.vae = {source!r} has latents of {latents(vae)}, but the painter's are of "
             f"{latents(pipeline.vae)}: give a VAE that was made for this kind of painter, or '' for its own"
         )
@@ -232,23 +194,16 @@ def replace_vae(pipeline, vae: AutoencoderKL, source: str) -> None:
 def fuse_lora(pipeline, folder: str | Path) -> None:
     """Add a LoRA in diffusers format to the weights of a pipeline, and forget that it was one.
 
-    Raises FileNotFoundError if the folder holds no LoRA, ValueError if it is that of another model.
+    Raises MissingFileError or UserError as `read_lora`, also if the LoRA does not fit.
     """
-    if not (Path(folder) / LORA_FILE).is_file():
-        raise FileNotFoundError(
-            f"config.pretrained.lora = {str(folder)!r} has no {LORA_FILE}: give a folder with a LoRA in diffusers "
-            f"format, or '' for none"
-        )
+    shapes = {name: tuple(value.shape) for name, value in pipeline.unet.state_dict().items()}
+    read_lora(folder, shapes, "config.pretrained.lora", "give another folder, or '' for none")
     verbosity = diffusers_logging.get_verbosity()
     # or it would warn that the file holds nothing for the text encoders, and list what does not fit
     diffusers_logging.set_verbosity(diffusers_logging.FATAL)
     try:
-        pipeline.load_lora_weights(folder)
-    except RuntimeError as error:  # shapes that differ, hundreds of lines of them
-        raise ValueError(
-            f"config.pretrained.lora = {str(folder)!r} is a LoRA of another model than config.pretrained.model: give "
-            f"one that was trained on this very painter, or '' for none"
-        ) from error
+        with reading("config.pretrained.lora", str(folder), "a LoRA of this painter, in diffusers format"):
+            pipeline.load_lora_weights(folder)
     finally:
         diffusers_logging.set_verbosity(verbosity)
     pipeline.fuse_lora()

@@ -8,9 +8,11 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint, conv
 from huggingface_hub import hf_hub_download
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from config.errors import MissingFileError, UserError
+from diffusers_patch.checks import CLIP_FOLDER, check_ldm_tokenizer, check_unet
 from diffusers_patch.conversion import load_tokenizer, load_tokenizers_of
 from diffusers_patch.mvdream import PREFIX, convert_mvdream_unet
-from recon.weights import may_be_hub_id, read_weights
+from recon.weights import check_hub, read_weights
 
 # Stable Diffusion 2.1's, read from its published configuration
 SCHEDULER = {
@@ -46,10 +48,6 @@ TEXT_ENCODER = {  # OpenCLIP ViT-H without its last layer: the condition is the 
 }
 WEIGHT_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 TEXT_PREFIX = "cond_stage_model.model."
-CLIP_FOLDER = (
-    "with --tokenizer, or for a run with config.pretrained.tokenizer, a folder with CLIP's tokenizer, as `tokenizer` "
-    "of any Stable Diffusion is"
-)
 
 
 def load_mvdream_pipeline(
@@ -68,12 +66,12 @@ def load_mvdream_pipeline(
     tokenizer: folder of CLIP's tokenizer, for an ldm file only, which has none.
     dtype, variant: as in diffusers, for a stock pipeline only; the other layouts are read as they are.
     ldm_configs: unet, vae, text_encoder of an ldm file that is not of the public size.
-    Raises FileNotFoundError or ValueError with one sentence.
+    Raises MissingFileError or UserError with one sentence.
     """
     if Path(source).is_file():
         return _from_ldm_file(Path(source), tokenizer, scheduler, **ldm_configs)
-    if not Path(source).is_dir() and not may_be_hub_id(str(source)):
-        raise FileNotFoundError(f"{source} does not exist: give a file, folder or hub id of MVDream")
+    if not Path(source).is_dir():
+        check_hub("the source", str(source), revision)
     where = {
         "pretrained_model_name_or_path": str(source),
         "revision": revision,
@@ -83,11 +81,7 @@ def load_mvdream_pipeline(
     scheduler = scheduler or DDIMScheduler.from_pretrained(**where, subfolder="scheduler")
     tokenizer = load_tokenizers_of(source, "tokenizer")
     if unet["_class_name"] == "UNet2DConditionModel":
-        if unet.get("class_embed_type") != "projection":
-            raise ValueError(
-                f"{source} holds a painter that no cameras are given to, so it is no MVDream: give one, or set "
-                f"config.painter.name to 'mv_sdxl' for an SDXL"
-            )
+        check_unet(unet, "mvdream", str(source))
         return StableDiffusionPipeline.from_pretrained(
             **where,
             **tokenizer,
@@ -136,20 +130,19 @@ def _unet_weights(source, revision):
                 continue
         if file.is_file():
             return read_weights(file)
-    raise FileNotFoundError(
+    raise MissingFileError(
         f"{source} has neither {' nor '.join(f'unet/{name}' for name in WEIGHT_FILES)}: give a "
         f"complete folder or hub id of MVDream"
     )
 
 
 def _from_ldm_file(file, tokenizer, scheduler=None, unet=None, vae=None, text_encoder=None):
-    if not tokenizer:
-        raise FileNotFoundError(f"{file.name} is an ldm file, which has no tokenizer: give {CLIP_FOLDER}")
+    check_ldm_tokenizer(file, tokenizer)
     configs = {"unet": unet or {}, "vae": VAE | (vae or {}), "text_encoder": TEXT_ENCODER | (text_encoder or {})}
-    tokenizer = load_tokenizer(tokenizer, "", configs["text_encoder"]["vocab_size"], CLIP_FOLDER)
     weights = read_weights(file)
     if not any(key.startswith(PREFIX) for key in weights):
-        raise ValueError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
+        raise UserError(f"{file} has no weights under {PREFIX}*: give MVDream's sd-v2.1-base-4view.pt")
+    tokenizer = load_tokenizer(tokenizer, "", configs["text_encoder"]["vocab_size"], CLIP_FOLDER)
     painter = convert_mvdream_unet(weights, **configs["unet"])
     decoder = AutoencoderKL(**configs["vae"])
     _load(decoder, convert_ldm_vae_checkpoint(weights, decoder.config), file)
@@ -172,7 +165,7 @@ def _load(model, state, file):
     problems = model.load_state_dict(state, strict=False)
     missing = [key for key in problems.missing_keys if not key.endswith("position_ids")]
     if missing or problems.unexpected_keys:
-        raise ValueError(
+        raise UserError(
             f"{file} does not hold a complete {type(model).__name__}: {len(missing)} weights are missing "
             f"{missing[:3]}, {len(problems.unexpected_keys)} unknown {problems.unexpected_keys[:3]}; give "
             f"MVDream's sd-v2.1-base-4view.pt"

@@ -17,12 +17,12 @@ from diffusers.utils.torch_utils import randn_tensor
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 
+from config.errors import UserError
+from diffusers_patch.checks import read_lora
 from diffusers_patch.sample_gradients import SampleGradients
 from recon.precision import without_tf32
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LORA_TARGETS = {
     "attention": ATTENTION,
@@ -144,10 +144,10 @@ class MultiViewPolicy:
         return {name: p.detach() for name, p in self.unet.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: dict[str, torch.Tensor]) -> None:
-        """Load what `trainable_state` returned. Raises ValueError if names or shapes differ."""
+        """Load what `trainable_state` returned. Raises UserError if names or shapes differ."""
         trained = {name: p for name, p in self.unet.named_parameters() if p.requires_grad}
         if trained.keys() != state.keys() or any(trained[name].shape != value.shape for name, value in state.items()):
-            raise ValueError(
+            raise UserError(
                 "the saved weights do not fit this model: config.use_lora, config.lora.* and "
                 "config.pretrained.model must be those of the run that saved them"
             )
@@ -170,17 +170,15 @@ class MultiViewPolicy:
     def load_lora(self, folder: str | Path) -> None:
         """Load what `save_lora` wrote into the adapter that `add_lora` made.
 
-        Raises FileNotFoundError, or ValueError if the file does not fit."""
-        file = Path(folder) / LORA_FILE
-        if not file.is_file():
-            raise FileNotFoundError(f"{folder} has no {LORA_FILE}: give a folder that a run wrote")
-        state = {name.removeprefix("unet."): value for name, value in load_file(file).items()}
+        Raises MissingFileError or UserError as `read_lora`, also if the file does not fit."""
+        weights = read_lora(folder, {}, "the LoRA", "give a folder that a run wrote")
+        state = {name.removeprefix("unet."): value for name, value in weights.items()}
         wanted = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(self.unet).items()}
         found = {name: tuple(value.shape) for name, value in state.items()}
         unfit = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
         if unfit:  # asked first, because peft would load the others and leave these as they were
-            raise ValueError(
-                f"{file} does not fit this model's LoRA: {len(unfit)} weights differ, such as {unfit[0]} with "
+            raise UserError(
+                f"{folder} does not fit this model's LoRA: {len(unfit)} weights differ, such as {unfit[0]} with "
                 f"{found.get(unfit[0], 'nothing')} instead of {wanted.get(unfit[0], 'nothing')}; config.lora.*, "
                 f"config.painter.name and config.pretrained.model must be those of the run that saved it"
             )

@@ -6,6 +6,7 @@ import torch
 from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from config.errors import UserError
 from mrc.mrc import resize_views
 
 
@@ -13,21 +14,21 @@ class CLIPSimilarity:
     """`CLIPSimilarity(path)(views, captions) -> (B,)`: cosine between a caption and a view, mean over the views.
 
     path: folder or hub id of a CLIP for transformers, such as "openai/clip-vit-large-patch14". Values of
-    different CLIPs cannot be compared. Raises ValueError if it cannot be loaded or is incomplete.
+    different CLIPs cannot be compared. Raises UserError if it cannot be loaded or is incomplete.
     """
 
     def __init__(self, path: str, device: torch.device | str = "cpu"):
         remedy = "give a folder or hub id such as 'openai/clip-vit-large-patch14'"
         if not Path(path).is_dir() and path.count("/") != 1:
-            raise ValueError(f"{path!r} is neither a folder nor a hub id: {remedy}")
+            raise UserError(f"{path!r} is neither a folder nor a hub id: {remedy}")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, found = CLIPModel.from_pretrained(path, output_loading_info=True)
         except Exception as error:  # of many kinds: not there, not downloaded, not a CLIP, damaged
             reason = str(error).partition("\n")[0].rstrip(".:")
-            raise ValueError(f"{path!r} is not a CLIP that transformers can load ({reason}): {remedy}") from error
+            raise UserError(f"{path!r} is not a CLIP that transformers can load ({reason}): {remedy}") from error
         if found["missing_keys"]:  # which transformers would fill with random numbers
-            raise ValueError(f"{path!r} lacks {len(found['missing_keys'])} weights of a CLIP: {remedy}")
+            raise UserError(f"{path!r} lacks {len(found['missing_keys'])} weights of a CLIP: {remedy}")
         self.model = model.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()

@@ -6,6 +6,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from config.errors import MissingFileError, about
+from recon.weights import check_weights, weight_shapes
+
 WEIGHTS = Path(__file__).parent / "weights" / "lpips_alex_v0.1.safetensors"
 RELUS = (1, 4, 7, 9, 11)  # the layers of AlexNet whose outputs are compared
 CHANNELS = (64, 192, 384, 256, 256)
@@ -21,7 +24,8 @@ class LPIPS(nn.Module):
         `lin0.weight` ... `lin4.weight` (1, C, 1, 1); None or "" takes the weights that ship with the project.
     chunk_size: how many pairs of images go through AlexNet at once; bounds memory, does not change the result.
 
-    The parameters are frozen; gradients with respect to the images flow. Raises FileNotFoundError without the file.
+    The parameters are frozen; gradients with respect to the images flow. Raises MissingFileError without the file, and
+    UserError if it holds something else.
     """
 
     def __init__(self, checkpoint: str | Path | None = None, chunk_size: int = 64):
@@ -48,10 +52,14 @@ class LPIPS(nn.Module):
 
         checkpoint = Path(checkpoint or WEIGHTS)
         if not checkpoint.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"mrc.lpips_checkpoint: no file {checkpoint}; leave the key empty to use the weights "
                 f"that ship with the project ({WEIGHTS.name})."
             )
+        with about("config.mrc.lpips_checkpoint", str(checkpoint)):
+            shapes = {key: value.shape for key, value in self.state_dict().items()}
+            remedy = "a file like the one that ships with the project"
+            check_weights(weight_shapes(checkpoint), shapes, "LPIPS with AlexNet", remedy)
         self.load_state_dict(load_file(checkpoint))
         self.requires_grad_(False).eval()
 

@@ -13,6 +13,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from config.errors import UserError
 from mrc.bounding_box import (
     background_is_white,
     compute_bounding_box,
@@ -193,7 +194,7 @@ def resize_views(views: torch.Tensor, size: int) -> torch.Tensor:
 def _require_finite(name, images):
     finite = torch.isfinite(images).flatten(1).all(dim=1)
     if not finite.all():
-        raise ValueError(
+        raise UserError(
             f"{int((~finite).sum())} of {len(images)} samples have NaN or infinite pixels in the {name}: the "
             f"model that makes them has diverged, or overflows in float16 (use mixed_precision = 'bf16' or a "
             f"VAE made for float16)"

@@ -5,24 +5,47 @@ from pathlib import Path
 
 import torch
 
+from config.errors import MissingFileError, UserError
+
 JSON_KEY = "dreamfusion"  # the list inside threestudio's prompt library
+MOST_WORDS = 75  # CLIP reads 77 tokens, of which two mark the ends, and a word is at least one
 
 
 def load_prompts(path: str | Path, key: str = JSON_KEY) -> list[str]:
     """The prompts in a file, in its order.
 
     path: text with one prompt per line (blank lines are skipped), or JSON: a list, or an object with the list at `key`.
-    Raises FileNotFoundError, for known files with what to put where, and ValueError for a file without prompts.
+    Raises MissingFileError, for known files with what to put where, and UserError for a file that is not UTF-8, without
+    prompts, or with one that no text encoder reads to its end.
     """
     path = Path(path)
+    if path.is_dir():
+        raise MissingFileError(f"{path} is a folder: give a text file with one prompt per line")
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {_how_to_get(path)}")
-    text = path.read_text(encoding="utf-8-sig")  # tolerates the byte order mark that some editors write
+        raise MissingFileError(f"{path} does not exist: {_how_to_get(path)}")
+    text = _read_utf8(path)
     lines = _json_prompts(text, path, key) if path.suffix == ".json" else text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        words = len(line.split())
+        if words > MOST_WORDS:
+            kind = "prompt" if path.suffix == ".json" else "line"
+            raise UserError(
+                f"{path}, {kind} {number}, has {words} words, but text encoders read {MOST_WORDS} at most and nothing "
+                f"behind them: shorten it"
+            )
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} has no prompts: write one per line")
+        raise UserError(f"{path} has no prompts: write one per line")
     return prompts
+
+
+def _read_utf8(path: Path) -> str:
+    content = path.read_bytes()
+    try:
+        return content.decode("utf-8-sig")  # tolerates the byte order mark that some editors write
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}, is not UTF-8: save the file as UTF-8") from error
 
 
 class PromptDataset:
@@ -34,20 +57,20 @@ class PromptDataset:
     def __init__(self, train_file: str | Path, val_file: str | Path, test_file: str | Path, num_train: int = 0):
         """num_train: keep that many training prompts from the top of the file; 0 = all.
 
-        Raises FileNotFoundError for a missing file; ValueError for an empty one, for fewer than `num_train` prompts,
+        Raises MissingFileError for a missing file; UserError for an empty one, for fewer than `num_train` prompts,
         and for a repeated training prompt (statistics are kept per prompt, so it would be two ids with one history).
         """
         train_set = load_prompts(train_file)
         if num_train > len(train_set):
-            raise ValueError(
+            raise UserError(
                 f"{train_file} has {len(train_set)} prompts, fewer than num_train = {num_train}: lower "
                 f"num_train or set it to 0 for all"
             )
         self.train_set = train_set[:num_train] if num_train else train_set
-        for index, prompt in enumerate(self.train_set):
-            first = self.train_set.index(prompt)
-            if first != index:
-                raise ValueError(f"{train_file}: prompt {index + 1} repeats prompt {first + 1}, {prompt!r}: remove one")
+        first = {}
+        for index, prompt in enumerate(self.train_set, start=1):
+            if first.setdefault(prompt, index) != index:
+                raise UserError(f"{train_file}: prompt {index} repeats prompt {first[prompt]}, {prompt!r}: remove one")
         self.val_set = load_prompts(val_file)
         self.test_set = load_prompts(test_file)
 
@@ -83,18 +106,18 @@ def _json_prompts(text: str, path: Path, key: str) -> list[str]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not JSON ({error}): fetch it again, or give a text file with one prompt per line"
         ) from None
     if isinstance(content, dict):
         if key not in content:
-            raise ValueError(
+            raise UserError(
                 f"{path} has the keys {', '.join(sorted(content))} but not {key!r}, under which the list "
                 f"of prompts is expected"
             )
         content = content[key]
     if not isinstance(content, list) or not all(isinstance(prompt, str) for prompt in content):
-        raise ValueError(f"{path} must hold a list of texts, at the top or at {key!r}")
+        raise UserError(f"{path} must hold a list of texts, at the top or at {key!r}")
     return content
 
 

@@ -6,15 +6,17 @@ import numpy as np
 import torch
 from PIL import Image
 
+from config.errors import UserError
+
 
 def background_remover() -> Callable[[torch.Tensor], torch.Tensor]:
     """A function that cuts the objects out of views (B, V, 3, S, S) in [0, 1] with `rembg` and puts them on white.
 
-    Raises ValueError if rembg is not installed."""
+    Raises UserError if rembg is not installed."""
     try:
         import rembg
     except ImportError as error:
-        raise ValueError(
+        raise UserError(
             "config.recon.remove_background is True, but rembg is not installed: `pip install rembg`, or set it to "
             "False if the painter paints on white."
         ) from error

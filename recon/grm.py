@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from config.errors import MissingFileError, UserError, first_line
 from recon.cameras import Cameras, grid_directions, instant3d_cameras
 from recon.gaussian_splatting import Gaussians, render_views
 from recon.reconstructor import Reconstructor
-from recon.weights import differences, read_weights
+from recon.weights import differences, read_json, read_weights
 
 VIEWS = 4
 HEAD_WIDTH = 64  # channels of an attention head, and the minimum of an upsampler stage
@@ -36,7 +37,7 @@ CONVERTER = "python -m tools.convert_grm"
 
 def _require(condition, name, value, allowed):
     if not condition:
-        raise ValueError(f"GRM's {name} is {value!r}: it must {allowed}; correct it in the model's configuration.")
+        raise UserError(f"GRM's {name} is {value!r}: it must {allowed}; correct it in the model's configuration.")
 
 
 @dataclass(frozen=True)
@@ -375,19 +376,21 @@ class GRM(Reconstructor):
         """The model of `config`, {"visual": {...}, "render": {...}}, with `weights`, {published name: tensor}, in the
         precision that they have.
 
-        source: what messages call the two. Raises ValueError if the configuration is not that of a GRM, or with a list
+        source: what messages call the two. Raises UserError if the configuration is not that of a GRM, or with a list
         of the weights that are missing, unknown or of another shape."""
         try:
             with torch.device("meta"):
                 model = cls(render=config["render"], **config["visual"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{source} has no complete configuration of a GRM ({error}): convert a published file with "
+        except UserError:
+            raise
+        except Exception as error:  # of many kinds, see recon/tiny_lrm.py
+            raise UserError(
+                f"{source} has no complete configuration of a GRM ({first_line(error)}): convert a published file with "
                 f"`{CONVERTER} SOURCE OUT`."
             ) from error
         found = differences(weights, {key: value.shape for key, value in model.state_dict().items()})
         if found:
-            raise ValueError(
+            raise UserError(
                 f"{source} does not hold the weights of the GRM that its configuration describes: "
                 f"{found}; give a complete published GRM with its own configuration."
             )
@@ -398,24 +401,18 @@ class GRM(Reconstructor):
     def from_pretrained(cls, checkpoint: str | Path) -> Self:
         """The model of a folder that `recon.grm_checkpoint` wrote, in float32.
 
-        Raises FileNotFoundError or ValueError with one sentence."""
+        Raises MissingFileError or UserError with one sentence."""
         folder, source = Path(checkpoint), f"recon.checkpoint = {str(checkpoint)!r}"
         if folder.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{source} is a file, and GRM is read from a folder: convert the file once with "
                 f"`{CONVERTER} {folder} OUT` and give OUT."
             )
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(
+                raise MissingFileError(
                     f"{source} has no {name}: give a folder OUT that `{CONVERTER} SOURCE OUT` has made."
                 )
-        try:
-            config = json.loads((folder / "config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{folder / 'config.json'} could not be read ({error}): convert a published file with "
-                f"`{CONVERTER} SOURCE OUT`."
-            ) from error
+        config = read_json(folder / "config.json", f"convert a published file with `{CONVERTER} SOURCE OUT`")
         weights = read_weights(folder / "model.safetensors")
         return cls.from_weights(weights, config, source).float().eval()

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import ViTConfig, ViTModel
 
+from config.errors import UnwritableError, UserError, about, first_line
 from recon.cameras import RIGS, Cameras, instant3d_cameras, lrm_source_vectors
 from recon.instantmesh_checkpoint import REMEDY, configuration, convert_instantmesh, published_weights
 from recon.lrm import LRM
@@ -261,10 +262,10 @@ class InstantMesh(LRM):
         """Write the weights as a .safetensors file, in float32 under their published names. It is written elsewhere
         first, so that an error leaves `file` as it was.
 
-        Raises ValueError for another kind of file, OSError if it cannot be written."""
+        Raises UserError for another kind of file, UnwritableError if it cannot be written."""
         file = Path(file)
         if file.suffix != ".safetensors":
-            raise ValueError(f"{file} is to be written, but must end in .safetensors: give another name.")
+            raise UserError(f"{file} is to be written, but must end in .safetensors: give another name.")
         file.parent.mkdir(parents=True, exist_ok=True)
         weights = {key: value.float().contiguous() for key, value in published_weights(self).items()}
         try:
@@ -272,22 +273,24 @@ class InstantMesh(LRM):
                 save_file(weights, Path(unfinished) / file.name)
                 (Path(unfinished) / file.name).replace(file)
         except SafetensorError as error:  # how a full disk is reported
-            raise OSError(f"{file} could not be written ({error}).") from error
+            raise UnwritableError(f"{file} could not be written ({error}).") from error
 
     @classmethod
     def from_pretrained(cls, checkpoint: str | Path) -> Self:
         """A published .ckpt file, or what tools.convert_instantmesh made of it; or a folder or hub id with
         `PUBLISHED`. Which size it is follows from the shapes.
 
-        Raises FileNotFoundError or ValueError with one sentence."""
+        Raises MissingFileError or UserError with one sentence."""
         file = find_file(checkpoint, PUBLISHED, f"as recon.checkpoint {REMEDY}, or the converted file")
         weights = read_weights(file)
-        try:
-            with torch.device("meta"):
-                model = cls(**configuration(weights))
+        with about("recon.checkpoint", str(checkpoint)):
+            arguments = configuration(weights)
+            try:
+                with torch.device("meta"):
+                    model = cls(**arguments)
+            except Exception as error:  # of many kinds: sizes that do not fit together
+                raise UserError(f"no InstantMesh has these sizes ({first_line(error)}): give {REMEDY}") from error
             model.load_state_dict(convert_instantmesh(weights, model), assign=True)
-        except ValueError as error:
-            raise ValueError(f"recon.checkpoint = {str(checkpoint)!r} cannot be used. {error}") from error
         return model.eval()
 
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from config.errors import UserError
 from recon.weights import check_weights, renamed
 
 PREFIX = "lrm_generator."  # of the reconstructor's weights among those of the training's
@@ -62,9 +63,9 @@ def configuration(weights: Mapping[str, torch.Tensor]) -> dict:
     """Arguments of the InstantMesh that published weights {key: tensor} belong to: those of `OPTIONS` whose width and
     channels they have, or otherwise, for small models with attention heads of 64 channels, what their shapes say.
 
-    Raises ValueError with one sentence for weights of another kind, or if the tensors that show sizes are missing."""
+    Raises UserError with one sentence for weights of another kind, or if the tensors that show sizes are missing."""
     if any(key.startswith(PREFIX + MESH_STAGE) for key in weights):
-        raise ValueError(
+        raise UserError(
             f"These are the weights of InstantMesh's mesh stage (instant_mesh_*.ckpt), which renders surfaces and no "
             f"radiance field: give its NeRF stage, {REMEDY}."
         )
@@ -74,7 +75,7 @@ def configuration(weights: Mapping[str, torch.Tensor]) -> dict:
         tokens = weights[f"{PREFIX}transformer.pos_embed"].shape[1]
         width, channels, _, _ = weights[f"{PREFIX}transformer.deconv.weight"].shape
     except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"These are not the weights of InstantMesh, of whose {PREFIX}* they lack "
             f"{error if isinstance(error, KeyError) else 'some in the right shape'}: give {REMEDY}."
         ) from error
@@ -107,7 +108,7 @@ def convert_instantmesh(weights: Mapping[str, torch.Tensor], model: nn.Module) -
     """Published weights {key: tensor} as a float32 state dict of the InstantMesh `model`, which may be on the meta
     device. Weights without the prefix, such as those of the training's losses, are left out.
 
-    Raises ValueError with a list of the weights that are missing, unknown or of another shape."""
+    Raises UserError with a list of the weights that are missing, unknown or of another shape."""
     weights = {key: value for key, value in weights.items() if key.startswith(PREFIX)}
     shapes = {key: value.shape for key, value in published_weights(model).items()}
     check_weights(weights, shapes, "this InstantMesh", f"the complete {REMEDY}")

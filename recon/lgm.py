@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from config.errors import UserError
 from recon.cameras import Cameras, from_lgm_axes, lgm_pluecker, mvdream_cameras
 from recon.gaussian_splatting import Gaussians, render_views
 from recon.reconstructor import Reconstructor
@@ -264,13 +265,13 @@ class LGM(Reconstructor):
         """A file with the weights of one of `OPTIONS`, a folder that holds `PUBLISHED`, or a hub id such as
         "ashawkey/LGM".
 
-        Raises FileNotFoundError or ValueError with one sentence if it is none of these, incomplete or damaged."""
+        Raises MissingFileError or UserError with one sentence if it is none of these, incomplete or damaged."""
         file = find_file(checkpoint, PUBLISHED, "as recon.checkpoint the file, its folder, or the hub id ashawkey/LGM")
         if file.name == PUBLISHED:
             with open(file, "rb") as handle:
                 found = hashlib.file_digest(handle, "sha256").hexdigest()
             if found != PUBLISHED_SHA256:
-                raise ValueError(
+                raise UserError(
                     f"recon.checkpoint = {str(checkpoint)!r}: {PUBLISHED} has the sha256 {found}, but the published "
                     f"file has {PUBLISHED_SHA256}; download it again, or rename the file if it is your own."
                 )
@@ -283,7 +284,7 @@ class LGM(Reconstructor):
             if not problems[name]:
                 model.load_state_dict({key: value.float() for key, value in weights.items()}, assign=True)
                 return model.eval()
-        raise ValueError(
+        raise UserError(
             f"recon.checkpoint = {str(checkpoint)!r} holds none of LGM's models {', '.join(OPTIONS)} (for 'big': "
             f"{problems['big']}): give the public {PUBLISHED}."
         )

@@ -8,6 +8,7 @@ import torch
 import trimesh
 from skimage.measure import marching_cubes
 
+from config.errors import UserError
 from recon.volume_rendering import RadianceField
 
 DENSITY = 10.0  # per unit length, of the level set that is taken as the surface
@@ -35,7 +36,7 @@ def extract_mesh(
     # an empty border closes the surfaces that reach it
     grid[[0, -1]] = grid[:, [0, -1]] = grid[:, :, [0, -1]] = 0
     if grid.max() <= density:
-        raise ValueError(
+        raise UserError(
             f"the scene's highest density is {grid.max():.2f}, below the {density} of a surface: nothing was "
             f"reconstructed; look at the views."
         )

@@ -15,7 +15,6 @@ from the guess is penalised. Objects whose hidden sides are easy to guess (symme
 it to compare samples of one prompt; it is not an absolute measure.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel
 
+from config.errors import UserError, first_line
 from recon.cameras import (
     Cameras,
     instant3d_cameras,
@@ -37,7 +37,7 @@ from recon.cameras import (
 from recon.lrm import LRM
 from recon.openlrm_checkpoint import convert_openlrm
 from recon.volume_rendering import RadianceField, check_one_object, render_scenes
-from recon.weights import find_file, read_weights
+from recon.weights import find_file, read_json, read_weights
 
 ENCODERS = {  # with patches of 14 x 14 pixels and positions for images of 518 x 518
     "dinov2_vits14_reg": dict(hidden_size=384, num_hidden_layers=12, num_attention_heads=6),
@@ -277,21 +277,21 @@ class OpenLRM(LRM):
     def from_pretrained(cls, checkpoint: str | Path) -> Self:
         """A published model: a local folder with config.json and model.safetensors, the latter's path, or a hub id.
 
-        Raises FileNotFoundError or ValueError with one sentence."""
+        Raises MissingFileError or UserError with one sentence."""
         folder = Path(checkpoint).parent if Path(checkpoint).suffix == ".safetensors" else checkpoint
         remedy = (
             "as recon.checkpoint the complete folder of an OpenLRM v1.1, for example zxhezexin/openlrm-mix-base-1.1"
         )
         config_file = find_file(folder, "config.json", remedy)
         weights_file = find_file(checkpoint, "model.safetensors", remedy)
+        config = read_json(config_file, f"give {remedy}")
         try:
-            config = json.loads(config_file.read_text())
             with torch.device("meta"):
                 model = cls(**config)
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{config_file} is not the configuration of an OpenLRM v1.1 ({error}): give the one that was published "
-                f"with the weights."
+        except Exception as error:  # of many kinds, see recon/tiny_lrm.py
+            raise UserError(
+                f"{config_file} is not the configuration of an OpenLRM v1.1 ({first_line(error)}): give the one that "
+                f"was published with the weights."
             ) from error
         model.load_state_dict(convert_openlrm(read_weights(weights_file), model), assign=True)
         return model.eval()

@@ -16,6 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
+from config.errors import MissingFileError, UserError, first_line
 from recon.cameras import Cameras, instant3d_cameras, project
 from recon.reconstructor import Reconstructor
 from recon.volume_rendering import (
@@ -28,7 +29,7 @@ from recon.volume_rendering import (
     render_scenes,
     triplane_field,
 )
-from recon.weights import check_weights, read_weights
+from recon.weights import check_weights, read_json, read_weights
 
 RECONSTRUCT_BATCH = 8  # objects reconstructed at a time, which bounds the memory
 SAMPLES = 48  # depths per ray inside the object's bounding box
@@ -181,16 +182,17 @@ class TinyLRM(Reconstructor):
     def from_pretrained(cls, checkpoint: str | Path) -> Self:
         """The model of a folder that `save_pretrained` wrote.
 
-        Raises FileNotFoundError or ValueError with one sentence."""
+        Raises MissingFileError or UserError with one sentence."""
         folder, remedy = Path(checkpoint), "make it with `python -m tiny.train_lrm` or correct the path"
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"recon.checkpoint = {str(folder)!r} has no {name}; {remedy}.")
+                raise MissingFileError(f"recon.checkpoint = {str(folder)!r} has no {name}; {remedy}.")
+        config = read_json(folder / "config.json", remedy)
         try:
-            model = cls(**json.loads((folder / "config.json").read_text()))
-        except (json.JSONDecodeError, TypeError) as error:
-            raise ValueError(
-                f"{folder / 'config.json'} is not a configuration of TinyLRM ({error}); {remedy}."
+            model = cls(**config)
+        except Exception as error:  # of many kinds: unknown keys, words for numbers, sizes that do not fit together
+            raise UserError(
+                f"{folder / 'config.json'} is not a configuration of TinyLRM ({first_line(error)}); {remedy}."
             ) from error
         weights = read_weights(folder / "model.safetensors")
         shapes = {key: value.shape for key, value in model.state_dict().items()}

@@ -1,6 +1,7 @@
 """Whole trainings in processes of their own, which a test may kill. They fork from a server that has imported
 everything once, because the imports take longer than the trainings."""
 
+import atexit
 import errno
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import runpy
 import signal
 import socket
 import sys
+from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["carve3d_train", "tests.children"])
@@ -26,6 +28,23 @@ def run(function, *args):
     process = start(function, *args)
     process.join()
     return process.exitcode
+
+
+def command(module, arguments, folder):
+    """(exit status, stderr) of `python -m module arguments`; folder: for a file that is written in between."""
+    file = Path(folder) / "stderr.txt"
+    code = run(_command, module, arguments, file)
+    return code, file.read_text(errors="replace")
+
+
+def _command(module, arguments, file):
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    sys.argv = [module, *arguments]
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # as Python does at the end of a command, but not of a process of multiprocessing
 
 
 def train(values, environment=None):

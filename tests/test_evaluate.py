@@ -20,8 +20,8 @@ from transformers import CLIPConfig, CLIPModel
 from config import base, cli
 from ddpo.evaluation import Parts, batches, paired_p_value, statistics, summarise, table
 from ddpo.sampling import EVALUATION, make_generator
+from diffusers_patch.checks import LORA_FILE
 from diffusers_patch.loading import load_painter
-from diffusers_patch.policy import LORA_FILE
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
 from mrc.rewards import load_mrc
@@ -289,9 +289,9 @@ def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world,
     weights = load_file(tmp_path / "half/model.safetensors")
     save_file({k: v for k, v in weights.items() if "text_projection" not in k}, tmp_path / "half/model.safetensors")
     for changes, words in (
-        (dict(lora=["nowhere"]), "--lora names 'nowhere', which has no pytorch_lora_weights.safetensors"),
-        (dict(lora=[lora["empty"]]), "holds no weights: give another folder in --lora"),
-        (dict(lora=[lora["damaged"]]), "is damaged"),
+        (dict(lora=["nowhere"]), "--lora = 'nowhere' does not exist: give a folder with a LoRA"),
+        (dict(lora=[lora["empty"]]), "--lora = .* has no weights in its pytorch_lora_weights.safetensors: give"),
+        (dict(lora=[lora["damaged"]]), "--lora = .* could not be read"),
         (dict(lora=[lora["nan"]]), "NaN or infinite numbers in .* its training diverged"),
         (dict(lora=[lora["copy"], str(world / "run/final")]), "hold the same weights: leave one out"),
         (dict(lora=[lora["rank"]]), r"64 weights differ, such as .* with \(8, 32\) instead of \(4, 32\); config.lora"),
@@ -314,7 +314,7 @@ def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world,
 
 @pytest.mark.parametrize("flag, words", [("--samples=0", "samples"), ("--judge=lgn", "tiny_lrm|lgm|grm|openlrm")])
 def test_wrong_flags_are_answered_with_a_sentence(world, tmp_path, flag, words):
-    assert children.run(command, [*arguments(world, tmp_path / "out"), flag], tmp_path / "log") == 1
+    assert children.run(command, [*arguments(world, tmp_path / "out"), flag], tmp_path / "log") == 2
     log = (tmp_path / "log").read_text()
     assert log.startswith("evaluate: ") and words in log and len(log.splitlines()) == 1
 

@@ -61,7 +61,9 @@ def test_the_trainer_is_imported_by_nobody():
     assert not [room for room, others in room_imports().items() if "carve3d_train" in others]
 
 
-@pytest.mark.parametrize("module", ["recon.cameras", "recon.weights", "mrc.bounding_box", "config.validate"])
+@pytest.mark.parametrize(
+    "module", ["recon.cameras", "recon.weights", "mrc.bounding_box", "config.validate", "tools.check_config"]
+)
 def test_light_modules_import_no_model_library(module):
     code = f"import sys, {module}; print(*({{'transformers', 'diffusers', 'peft', 'accelerate'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -281,7 +281,7 @@ def test_a_flat_safetensors_file_is_the_same(folder, sdxl, tmp_path):
     [
         ("absent", "does not exist"),
         ("truncated", "could not be read .* download it again"),
-        ("code", "was refused, and no code in it was run, because it holds"),
+        ("code", "no code in it was run, because it holds pathlib.PosixPath"),
         ("another", r"has no weights model.diffusion_model.\* \(unet\), .*embedders.1.model.\* \(text_encoder_2\)"),
         ("stable diffusion", r"has no weights conditioner.embedders.0"),
         ("missing", "does not hold the vae of SDXL .*1 missing"),

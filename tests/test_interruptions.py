@@ -264,7 +264,7 @@ def test_the_command_that_resumes(monkeypatch):
 def test_a_run_that_is_told_to_stop_saves_and_ends_like_one_that_was_not(whole_run, world, tmp_path):
     """While it paints, it drops the epoch; in the update, it finishes it. Checkpoints are rare."""
     values = settings(world, tmp_path, save_freq=3)
-    paint, learn = ("ddpo.sampling.rollout", 1 + 2 + 1), ("ddpo.update.optimizer_step", 1)
+    paint, learn = ("ddpo.sampling.rollout", 1 + 2 + 1), ("ddpo.update.average_gradients", 1)
     assert children.run(children.train_until, values, *paint, children.terminate) == 143
     run = tmp_path / "run"
     assert [path.name for path in checkpoints(run)] == ["checkpoint_0000", "checkpoint_0001"]
@@ -323,7 +323,7 @@ def test_two_processes_stop_together_and_do_not_outlive_their_launcher(world, tm
 MOMENTS = {  # what a process does when it dies -> in which call of what, at most
     "painting": ("ddpo.sampling.rollout", 5),
     "judging": ("mrc.mrc.MRC.__call__", 5),
-    "updating": ("ddpo.update.optimizer_step", 2),
+    "updating": ("ddpo.update.average_gradients", 2),
     "writing pictures": ("ddpo.pictures.Image.fromarray", 8),
     "saving weights": ("ddpo.checkpoint.save_file", 2),
     "saving the optimizer": ("torch.save", 2),
@@ -510,7 +510,8 @@ def test_a_run_resumes_with_its_calibration_on_or_off(world, tmp_path):
         name = f"{len(first)}{len(then)}"
         values = settings(world, tmp_path, run_name=name, num_epochs=5, **first)
         assert (
-            children.run(children.train_until, values, "ddpo.update.optimizer_step", 2, children.die) == -signal.SIGKILL
+            children.run(children.train_until, values, "ddpo.update.average_gradients", 2, children.die)
+            == -signal.SIGKILL
         )
         values = settings(world, tmp_path, run_name=name, num_epochs=5, resume_from="auto", **then)
         assert children.run(children.train, values) == 0

@@ -386,7 +386,7 @@ def configure(**entries):
     [
         (lambda path, _: (path / "config.json").unlink(), FileNotFoundError, "has no config.json: give"),
         (lambda path, _: (path / "model.safetensors").unlink(), FileNotFoundError, "has no model.safetensors: give"),
-        (lambda path, _: (path / "config.json").write_text("{"), ValueError, "config.json is not the configuration of"),
+        (lambda path, _: (path / "config.json").write_text("{"), ValueError, "config.json could not be read as JSON"),
         (configure(num_views=4), ValueError, "config.json is not the configuration of .*num_views"),
         (configure(encoder_type="dino"), ValueError, "encoder is 'dino' .* give a model of version 1.1"),
         (configure(encoder_feat_dim=384), ValueError, "encoder_feat_dim = 384 must be the width of its encoder, 24"),

@@ -50,7 +50,7 @@ def test_without_a_compiler_it_says_what_is_missing(tmp_path):
     run = [sys.executable, "-m", "tools.plan", "--config", "config/dgx.py:mvdream_lgm"]
     environment = os.environ | {"PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr == "plan: the pretend GPU is compiled once by g++, which is not installed: install it\n"
 
 
@@ -95,7 +95,7 @@ def test_runs_with_instantmesh(name, tflops):
 def test_the_command():
     run = [sys.executable, "-m", "tools.plan", "--config", "config/dgx.py:mvdream_lgm", "--gpus", "8", "--memory", "10"]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "Traceback" not in done.stderr
     assert re.fullmatch(
         r"plan: update needs 1\d\.\d GiB and --memory is 10: set config\.train\.\w+ to \w+\n", done.stderr
     )

@@ -10,6 +10,7 @@ from diffusers import StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 from config import base
+from config.errors import UserError
 from diffusers_patch import loading
 from diffusers_patch.loading import load_painter, weights_variant
 from diffusers_patch.mv_sdxl import split_grid
@@ -311,7 +312,7 @@ def test_a_painter_without_its_tokenizer_is_refused(world, tmp_path, left):
     if left == ["tokenizer.json"]:
         assert load_painter(config, "cpu").pipeline.tokenizer_2.model_max_length == 77
         return
-    with pytest.raises(FileNotFoundError, match="has no tokenizer_2/vocab.json: give a complete folder"):
+    with pytest.raises(FileNotFoundError, match="nor tokenizer_2/vocab.json: give the complete folder"):
         load_painter(config, "cpu")
 
 
@@ -319,7 +320,5 @@ def test_a_lora_of_another_painter_is_refused(world):
     config = painter_config(
         world, pretrained__lora=str(Path(loading.__file__).parents[1] / "tiny/weights/painter_defect")
     )
-    with pytest.raises(
-        ValueError, match="painter_defect' is a LoRA of another model than config.pretrained.model: give"
-    ):
+    with pytest.raises(UserError, match="painter_defect' does not fit config.pretrained.model: .*; give a LoRA"):
         load_painter(config, "cpu")

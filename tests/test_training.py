@@ -146,12 +146,12 @@ def test_stock_diffusers_loads_what_was_learned(whole_run, world):
 # -- killed and resumed ------------------------------------------------------------------------------------------------
 
 MOMENTS = [  # the call in which the process dies, counted from where the run resumes
-    ("diffusers_patch.rollout.analytic_kl", 1),  # the first validation
-    ("diffusers_patch.rollout.analytic_kl", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
-    ("ddpo.update.ppo_loss", 5),  # update of epoch 1, between its two micro-batches
+    ("diffusers_patch.rollout.gaussian_log_prob", 1),  # the first validation
+    ("diffusers_patch.rollout.gaussian_log_prob", 4 + 8 + 3),  # sampling of epoch 1, the first that learns
+    ("ddpo.update.average_gradients", 1),  # update of epoch 1
     ("torch.save", 1),  # saving checkpoint 2, half of it is there
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
-    ("ddpo.update.ppo_loss", 8 + 3),  # update of epoch 2
+    ("ddpo.update.average_gradients", 2),  # update of epoch 2
     ("matplotlib.pyplot.close", 1),  # saving what belongs to checkpoint 3, before the checkpoint
     ("ddpo.run_log.ttest_rel", 1),  # the very end
 ]
@@ -165,7 +165,7 @@ def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole_run, world,
         assert children.run(children.train_and_die, values, target, call) == -signal.SIGKILL, target
         assert find_checkpoint(run).name == f"checkpoint_000{epochs_done}"
         values = settings(world, tmp_path, resume_from=str(run))
-        if target == "ddpo.update.ppo_loss":
+        if target == "ddpo.update.average_gradients":
             with open(run / "metrics.jsonl", "a") as file:  # as if it had died writing
                 file.write('{"kind": "epo')
     assert children.run(children.train, values) == 0
@@ -401,12 +401,12 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     "mistake, words",
     [
         ("--config.train.lerning_rate=1", "lerning_rate does not exist: did you mean config.train.learning_rate"),
-        ("--config.resume_from=nowhere", "config.resume_from is 'nowhere', which does not exist"),
+        ("--config.resume_from=nowhere", "config.resume_from = 'nowhere' does not exist: give a run's folder"),
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
     done = command_line(["carve3d_train.py"], "--config", "config/base.py", *flags(world, tmp_path), mistake)
-    assert done.returncode == 1 and words in done.stderr
+    assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 

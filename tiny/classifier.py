@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from safetensors.torch import load_file, save_file
 
+from config.errors import MissingFileError
 from tiny.objects import COLOURS, SHAPES, parse_caption
 from tiny.training import WEIGHTS
 
@@ -57,7 +58,7 @@ class Classifier(nn.Module):
         """Load the float32 model in evaluation mode. Raises FileNotFoundError if `folder` has no model.safetensors."""
         file = Path(folder) / "model.safetensors"
         if not file.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{file} does not exist; train the classifier with `python -m tiny.train_classifier`."
             )
         model = cls()

@@ -6,7 +6,6 @@ training samples epoch by epoch, and on the validation captions with standard er
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +13,9 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from config.cli import one_sentence
+from config.errors import MissingFileError, UserError
+from config.validate import check_file
 from tiny.classifier import Classifier
 from tiny.evaluate import evaluate_run, relative_change
 
@@ -52,13 +54,13 @@ def read_metrics(run: Path) -> list[dict]:
     """The lines of `run`/metrics.jsonl. Raises FileNotFoundError, or ValueError for a line that is not JSON."""
     file = run / "metrics.jsonl"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; give the folder of a run of carve3d_train.py.")
+        raise MissingFileError(f"{file} does not exist; give the folder of a run of carve3d_train.py.")
     lines = []
     for number, text in enumerate(file.read_text().splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except ValueError as error:
-            raise ValueError(f"Line {number} of {file} is not JSON ({error}); resume the run to repair it.") from error
+            raise UserError(f"Line {number} of {file} is not JSON ({error}); resume the run to repair it.") from error
     return lines
 
 
@@ -91,15 +93,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="folders of runs, logs/<run>")
     parser.add_argument("--out", default="curves.png", help="file for the plot")
     args = parser.parse_args(arguments)
-    try:
-        classifier = Classifier.from_pretrained()
-        print(HEADER + "\n|" + " --- |" * (HEADER.count("|") - 1))
-        for run in args.runs:
-            print(row(run.name, evaluate_run(run, classifier=classifier)), flush=True)
-        plot(args.runs, args.out)
-    except (OSError, ValueError) as error:
-        sys.exit(f"tiny.compare_runs: {error}")
+    check_file("--out", args.out)
+    classifier = Classifier.from_pretrained()
+    rows = [row(run.name, evaluate_run(run, classifier=classifier)) for run in args.runs]
+    print("\n".join([HEADER, "|" + " --- |" * (HEADER.count("|") - 1), *rows]))
+    plot(args.runs, args.out)
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence("tiny.compare_runs"):
+        main()

@@ -7,6 +7,7 @@ contradicts the others. Here it is always the last view, so that defective sampl
 import torch
 import torch.nn.functional as F
 
+from config.errors import UserError
 from mrc.bounding_box import foreground_mask
 from recon.cameras import Cameras, instant3d_cameras
 from tiny.objects import COLOUR_NAMES, PALETTE, Primitives, build, parse_caption, random_caption, render
@@ -141,4 +142,4 @@ def interior(views: torch.Tensor) -> torch.Tensor:
 
 def _require_known(kind):
     if kind not in DEFECTS:
-        raise ValueError(f"Defect {kind!r} is unknown; choose one of {', '.join(DEFECTS)}.")
+        raise UserError(f"Defect {kind!r} is unknown; choose one of {', '.join(DEFECTS)}.")

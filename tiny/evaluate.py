@@ -4,12 +4,11 @@ Reads the first and the last of `logs/<run>/validation/epoch_XXXX/` (prompts and
 with the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
 `logs/<run>/evaluation.json`. Only the rewards, which are read from the files, come from a reconstruction: defects are
 detected by comparing the colours and areas of the views, and captions are checked by a classifier that was trained on
-exact renders. Exits with status 1 and one sentence if a file is missing or damaged.
+exact renders. Exits with status 2 and one sentence if a file is missing or damaged.
 """
 
 import argparse
 import json
-import sys
 from pathlib import Path
 
 import torch
@@ -17,6 +16,9 @@ import torch.nn as nn
 from scipy.stats import sem
 
 from config import base
+from config.cli import one_sentence
+from config.errors import MissingFileError, UserError
+from config.validate import check_file
 from ddpo.evaluation import paired_p_value
 from ddpo.pictures import load_views
 from mrc.bounding_box import foreground_mask
@@ -24,6 +26,7 @@ from tiny.classifier import Classifier, caption_agreement
 from tiny.defects import DEFECTS, SHIPPED, VIEW, colour_shares, is_defective
 from tiny.objects import COLOUR_NAMES, parse_caption
 
+SHAPE = (4, 3, 64, 64)  # of the views of a sample
 MIN_FOREGROUND = base.get_config().mrc.min_foreground  # share of the view; below it a view counts as empty
 
 
@@ -119,53 +122,56 @@ def table(result: dict[str, dict]) -> str:
 def read_validation(folder: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Read a validation of a run: views (N, 4, 3, S, S) in [0, 1], rewards (N,) in float64, and N prompts.
 
-    Raises ValueError if a file is missing or damaged, or holds something else."""
+    Raises UserError if a file is missing or damaged, or holds something else."""
     folder = Path(folder)
     try:
         scores = json.loads((folder / "scores.json").read_text())
         prompts, rewards = scores["prompts"], torch.tensor(scores["rewards"], dtype=torch.float64)
+        if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise TypeError("prompts are a list of texts")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
+        raise UserError(
             f"{folder / 'scores.json'} is missing or damaged ({type(error).__name__}); give the folder of a complete "
             f"run of carve3d_train.py, or repeat the run."
         ) from error
     if rewards.shape != (len(prompts),) or len(prompts) < 2 or not rewards.isfinite().all():
-        raise ValueError(
+        raise UserError(
             f"{folder / 'scores.json'} has {len(prompts)} prompts and {rewards.numel()} rewards; one finite reward for "
             f"each of two or more prompts is expected."
         )
     files = [folder / f"{index:04d}.png" for index in range(len(prompts))]
     views = [load_views(file).get("views", torch.empty(0)) for file in files]
     for file, view in zip(files, views, strict=True):
-        if view.shape[:2] != (4, 3) or view.shape != views[0].shape:
-            raise ValueError(f"{file} has views of shape {tuple(view.shape)}; (4, 3, S, S) of one size is expected.")
+        if view.shape != SHAPE:
+            raise UserError(f"{file} has views of shape {tuple(view.shape)}; those of the small world have {SHAPE}.")
     return torch.stack(views).float() / 255, rewards, prompts
 
 
 def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module | None = None) -> dict:
     """Compare the first and the last validation of a run; writes and returns what is in `run`/evaluation.json.
 
-    defect: a key of DEFECTS; classifier: None for the shipped one. Raises FileNotFoundError if there are not two
-    validations, and ValueError if they cannot be read or compared."""
+    defect: a key of DEFECTS; classifier: None for the shipped one. Raises MissingFileError if there are not two
+    validations, and UserError if they cannot be read or compared."""
     folder = Path(run) / "validation"
     validations = sorted(folder.glob("epoch_*"))
     if len(validations) < 2:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} has {len(validations)} folders epoch_XXXX, but two are needed; "
             f"give the folder of a run that validated before and after training."
         )
     first, last = validations[0], validations[-1]
     (views, rewards, prompts), (views_after, rewards_after, prompts_after) = map(read_validation, (first, last))
     if prompts != prompts_after:
-        raise ValueError(
+        raise UserError(
             f"{first} and {last.name} have different prompts, so their samples cannot be paired; "
             f"give the folder of a single run."
         )
+    check_file("the result", Path(run) / "evaluation.json", [".json"])
     classifier = classifier or Classifier.from_pretrained()
     try:
         before = {"reward": rewards, **evaluate_views(views, prompts, defect, classifier)}
-    except ValueError as error:
-        raise ValueError(f"{first} cannot be evaluated: {error}") from error
+    except UserError as error:
+        raise UserError(f"{first} cannot be evaluated: {error}") from error
     after = {"reward": rewards_after, **evaluate_views(views_after, prompts, defect, classifier)}
     names = [first.name, last.name]
     result = {"validations": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
@@ -179,13 +185,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("run", help="folder of a run, logs/<run>")
     parser.add_argument("--defect", default=SHIPPED, choices=list(DEFECTS), help="the defect to detect")
     args = parser.parse_args(arguments)
-    try:
-        result = evaluate_run(args.run, args.defect)
-    except (OSError, ValueError) as error:
-        sys.exit(f"tiny.evaluate: {error}")
+    result = evaluate_run(args.run, args.defect)
     print(f"{result['samples']} samples, {' and '.join(result['validations'])}, defect: {result['defect']}")
     print(table({name: row for name, row in result.items() if isinstance(row, dict)}))
 
 
 if __name__ == "__main__":
-    main()
+    with one_sentence("tiny.evaluate"):
+        main()

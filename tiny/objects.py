@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from config.errors import UserError
 from recon.cameras import Cameras, instant3d_cameras, orbit_cameras, rays
 
 SHAPES = ("cube", "sphere", "cylinder", "cone")
@@ -90,7 +91,7 @@ def parse_caption(caption: str) -> tuple[list[tuple[str, str]], list[str]]:
     named = [pair for pair in zip(words, words[1:], strict=False) if pair[0] in COLOURS and pair[1] in SHAPES]
     relations = [r for _, r in sorted((caption.find(r), r) for r in ("on top of", "next to") if r in caption)]
     if not named or len(relations) != len(named) - 1:
-        raise ValueError(
+        raise UserError(
             f"Caption {caption!r} does not describe an object of the small world; "
             f"write one like 'a red cube next to a blue cone'."
         )

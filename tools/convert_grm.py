@@ -9,6 +9,7 @@ config.recon.name = "grm". No code in SOURCE, which is a pickle, is run. Without
 import argparse
 
 from config.cli import one_sentence
+from config.validate import check_folder
 from recon.grm_checkpoint import convert
 
 
@@ -18,6 +19,7 @@ def main() -> None:
     parser.add_argument("out", help="the folder to write")
     args = parser.parse_args()
     with one_sentence("tools.convert_grm"):
+        check_folder("OUT", args.out)
         unused = convert(args.source, args.out)
     print(f"Wrote {args.out}. Parameters of its configuration that are not needed: {', '.join(unused) or 'none'}.")
 

@@ -10,6 +10,7 @@ and without success OUT is left as it was.
 import argparse
 
 from config.cli import one_sentence
+from config.validate import check_file
 from recon.instantmesh import InstantMesh
 
 
@@ -19,6 +20,7 @@ def main() -> None:
     parser.add_argument("out", help="the file to write")
     args = parser.parse_args()
     with one_sentence("tools.convert_instantmesh"):
+        check_file("OUT", args.out, (".safetensors",))
         model = InstantMesh.from_pretrained(args.source)
         model.save_pretrained(args.out)
     print(f"wrote {args.out}: {sum(value.numel() for value in model.parameters()):,} numbers in float32")

@@ -13,6 +13,7 @@ import argparse
 
 from config.cli import one_sentence
 from diffusers_patch.conversion import check_new, read_configs, save_pipeline
+from diffusers_patch.loading import reading
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 
 
@@ -26,7 +27,9 @@ def main() -> None:
     args = parser.parse_args()
     check_new(args.out)  # before minutes of reading
     configs = read_configs(args.configs, ("unet", "vae", "text_encoder")) if args.configs else {}
-    save_pipeline(load_mvdream_pipeline(args.source, args.revision, args.tokenizer, **configs), args.out)
+    with reading("SOURCE", args.source, "a complete checkpoint of MVDream"):
+        pipeline = load_mvdream_pipeline(args.source, args.revision, args.tokenizer, **configs)
+    save_pipeline(pipeline, args.out)
     print(f"wrote {args.out}: train it with --config.painter.name=mvdream --config.pretrained.model={args.out}")
 
 

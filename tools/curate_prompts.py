@@ -29,7 +29,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from config import cli
-from config.validate import validate
+from config.errors import UserError
+from config.validate import check_folder, validate
 from ddpo.progress import Progress
 from ddpo.setup import start_accelerator
 from diffusers_patch.loading import load_painter
@@ -79,7 +80,7 @@ def score_all(
         for index in missing[process::num_processes]:
             scores = score(index, prompts[index])
             if not scores.rewards or not all(math.isfinite(reward) for reward in scores.rewards):
-                raise ValueError(
+                raise UserError(
                     f"the rewards of {prompts[index]!r} are {scores.rewards}, which cannot be ranked: check the "
                     f"painter and the reconstructor"
                 )
@@ -96,7 +97,7 @@ def write_ranking(results: dict[str, Scores], out: str | Path, keep: int) -> lis
     the order of `results`. Raises ValueError if there are fewer than `keep`.
     """
     if not 1 <= keep <= len(results):
-        raise ValueError(f"--keep is {keep} but there are {len(results)} candidates: keep between 1 and {len(results)}")
+        raise UserError(f"--keep is {keep} but there are {len(results)} candidates: keep between 1 and {len(results)}")
     ranked = sorted(results, key=lambda prompt: (math.isnan(results[prompt].mean), results[prompt].mean))
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -131,10 +132,10 @@ def read_results(folder: Path, settings: dict) -> dict[str, Scores]:
             found = lines[0]["settings"] if lines else settings
             results |= {line["prompt"]: Scores(line["rewards"], line["empty"]) for line in lines[1:]}
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it to start again") from error
+            raise UserError(f"{path} is damaged ({error}): remove it to start again") from error
         if found != settings:
             differing = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-            raise ValueError(
+            raise UserError(
                 f"{path} was made with other settings ({', '.join(differing)}): remove it to start again, or give "
                 f"another --out"
             )
@@ -171,17 +172,18 @@ def define_flags() -> None:
 def main(args) -> None:
     """args: the parsed flags."""
     config, out = args.config, Path(args.out)
+    check_folder("--out", out)
     candidates = load_prompts(args.candidates)
+    if not 1 <= args.keep <= len(candidates):
+        raise UserError(
+            f"--keep is {args.keep} but {args.candidates} has {len(candidates)} prompts: keep between 1 and "
+            f"{len(candidates)}"
+        )
     config.prompts.train_file = args.candidates  # the file that the config names is what this run is going to write
     config.prompts.num_train = 0
     config.tracker = "none"
     accelerator = start_accelerator(config)
     validate(config, 1, accelerator.device.type)  # as for one process: the prompts need not be shared evenly
-    if not 1 <= args.keep <= len(candidates):  # before hours of painting
-        raise ValueError(
-            f"--keep is {args.keep} but {args.candidates} has {len(candidates)} prompts: keep between 1 and "
-            f"{len(candidates)}"
-        )
 
     settings = {
         "pretrained": config.pretrained.to_dict(),

@@ -43,11 +43,10 @@ from pathlib import Path
 import torch
 from absl import flags
 from ml_collections import ConfigDict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from config import cli
-from config.validate import ANY_CAMERAS, CHOICES, flatten, validate
+from config.errors import UserError
+from config.validate import ANY_CAMERAS, CHOICES, check_folder, flatten, validate
 from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, summarise, table
 from ddpo.files import write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
@@ -56,8 +55,8 @@ from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import start_accelerator
 from ddpo.steps import draw_reference_steps
-from diffusers_patch.loading import PAINTERS, check_cameras, load_painter, painter_cameras
-from diffusers_patch.policy import LORA_FILE
+from diffusers_patch.checks import KINDS, LORA_FILE, check_cameras, painter_cameras, read_lora
+from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
 from mrc.judges import judge_views
@@ -84,32 +83,15 @@ KEYS = (
 def read_loras(folders: Sequence[str]) -> dict[str, dict]:
     """{folder: {"sha256" of its weights, "run": see `run_of`}}.
 
-    Raises FileNotFoundError, or ValueError for a file without weights, with weights that are not finite, or with the
-    same ones as another's."""
+    Raises UserError as `read_lora`, and for the same weights as another's."""
     loras = {}
     for folder in folders:
+        read_lora(folder, {}, "--lora", "give a folder that a run wrote, such as logs/RUN/final")
         file = Path(folder) / LORA_FILE
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"--lora names {folder!r}, which has no {LORA_FILE}: give a folder that a run wrote, such as "
-                f"logs/RUN/final"
-            )
-        try:
-            weights = load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file} is damaged ({error}): give another folder in --lora") from error
-        if not weights:
-            raise ValueError(f"{file} holds no weights: give another folder in --lora")
-        broken = [name for name, value in weights.items() if not value.isfinite().all()]
-        if broken:
-            raise ValueError(
-                f"{file} has NaN or infinite numbers in {len(broken)} of {len(weights)} weights, so its training "
-                f"diverged: give an earlier lora/epoch_XXXX of that run in --lora"
-            )
         sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
         for other, lora in loras.items():
             if lora["sha256"] == sha256:
-                raise ValueError(f"--lora names {other!r} and {folder!r}, which hold the same weights: leave one out")
+                raise UserError(f"--lora names {other!r} and {folder!r}, which hold the same weights: leave one out")
         loras[folder] = {"sha256": sha256, "run": run_of(folder)}
     return loras
 
@@ -128,18 +110,18 @@ def run_of(folder: str | Path) -> dict[str, float] | None:
 def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -> ConfigDict | None:
     """`config` with the reconstructor of --judge; None without one.
 
-    Raises ValueError if only one of the two flags is given, or if the painter's cameras are not the judge's."""
+    Raises UserError if only one of the two flags is given, or if the painter's cameras are not the judge's."""
     if not name and not checkpoint:
         return None
     if not name or not checkpoint:
-        raise ValueError("--judge and --judge_checkpoint belong together: give both, or neither for no second judge")
+        raise UserError("--judge and --judge_checkpoint belong together: give both, or neither for no second judge")
     judge = copy.deepcopy(config)
     judge.recon.name, judge.recon.checkpoint = name, checkpoint
     if name in ANY_CAMERAS:
-        judge.recon.cameras, judge.recon.elevation = PAINTERS[config.painter.name].rig, config.painter.elevation
+        judge.recon.cameras, judge.recon.elevation = KINDS[config.painter.name].rig, config.painter.elevation
     problems = camera_disagreement(painter_cameras(config.painter), reconstructor_cameras(judge.recon))
     if problems:
-        raise ValueError(
+        raise UserError(
             f"--judge={name} cannot judge the painter {config.painter.name!r}: {'; '.join(problems)}; choose another "
             f"--judge, or none"
         )
@@ -176,8 +158,8 @@ def _load(flag, load, *args):
     """`load(*args)`, whose errors then name the flag."""
     try:
         return load(*args)
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{flag} cannot be loaded: {error}") from error
+    except UserError as error:
+        raise UserError(f"{flag} cannot be loaded: {error}") from error
 
 
 class Evaluation:
@@ -187,12 +169,11 @@ class Evaluation:
         self.config, self.out, self.samples = config, out, samples = args.config, Path(args.out), args.samples
         config.reward_fn, config.tracker = "mrc", "none"  # whatever the training used
         config.prompts.test_file = args.prompts or config.prompts.test_file
+        check_folder("--out", out)
         self.accelerator = start_accelerator(config)
         device = self.accelerator.device
         validate(config, 1, device.type)  # as for one process: the samples need not be shared evenly
         check_cameras(config)
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"--out is {args.out!r}, which is a file: name a folder")
         self.prompts = load_prompts(config.prompts.test_file)
         self.models = {BASE: {}, **read_loras(args.lora)}
         judge = judge_config(config, args.judge, args.judge_checkpoint)

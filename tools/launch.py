@@ -17,8 +17,10 @@ from torch.distributed import run
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+from config.cli import USER_ERROR
+
 GRACE = 3600  # seconds from a signal to the kill
-SAID = (2, *(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))  # with a sentence
+SAID = (USER_ERROR, *(128 + number for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)))  # with a sentence
 
 
 def main(arguments: list[str] | None = None) -> None:

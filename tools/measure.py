@@ -18,7 +18,8 @@ from pathlib import Path
 from absl import flags
 
 from config import cli
-from config.validate import validate
+from config.errors import UserError
+from config.validate import check_file, validate
 from tools.plan import GIB, TERA, complete
 
 
@@ -60,6 +61,8 @@ def define_flags() -> None:
 
 def main(args) -> None:
     """args: the parsed flags."""
+    if args.out:
+        check_file("--out", args.out, (".json",))
     config = validate(complete(args.config), 1, "cuda", check_files=False)
     numbers = {}
     if args.pretend:
@@ -70,7 +73,7 @@ def main(args) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise ValueError(f"torch {torch.__version__} finds no CUDA GPU on this machine: give --pretend to plan one")
+            raise UserError(f"torch {torch.__version__} finds no CUDA GPU on this machine: give --pretend to plan one")
         device = torch.device("cuda", 0)
         measured = measure_here(config, args.reward_only, device)
         free, total = torch.cuda.mem_get_info(device)

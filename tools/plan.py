@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from config import cli
 from config.batches import batch_table
+from config.errors import UserError
 from config.validate import flatten, validate
 
 GIB, TERA = 2**30, 1e12
@@ -59,7 +60,7 @@ def check_memory(peak: dict[str, int], weights: int, config: ConfigDict, memory:
         return
     share = (limit - weights) / (needed - weights)
     key, value = mend("weights" if share <= 0 else stage, share, config)
-    raise ValueError(
+    raise UserError(
         f"{stage} needs {needed / GIB:.1f} GiB and --memory is {memory:g}: "
         + (f"set config.{key} to {value!r}" if key else "more GPUs, or larger ones, are needed")
     )

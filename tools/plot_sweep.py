@@ -22,6 +22,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from config.cli import one_sentence
+from config.errors import MissingFileError, UserError
+from config.validate import check_file
 from ddpo.evaluation import SWEPT
 
 
@@ -33,18 +35,18 @@ def read_results(folders: Sequence[str | Path]) -> tuple[dict, list[dict]]:
     for folder in folders:
         file = Path(folder) / "results.json"
         if not file.is_file():
-            raise FileNotFoundError(f"{file} does not exist: give an --out of tools.evaluate that has finished")
+            raise MissingFileError(f"{file} does not exist: give an --out of tools.evaluate that has finished")
         try:
             found = json.loads(file.read_text())
             settings = {key: value for key, value in found["settings"].items() if key != "--lora"}
             results.append((folder, settings, found["models"].pop("base")["mrc"], found["models"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file} is not a result of tools.evaluate ({error!r}): give another folder") from error
+            raise UserError(f"{file} is not a result of tools.evaluate ({error!r}): give another folder") from error
     first, expected, base, _ = results[0]
     for folder, settings, _, _ in results[1:]:
         differing = [key for key in expected.keys() | settings.keys() if expected.get(key) != settings.get(key)]
         if differing:
-            raise ValueError(
+            raise UserError(
                 f"{first} and {folder} were made with different settings ({', '.join(sorted(differing))}): repeat "
                 f"tools.evaluate with the same ones"
             )
@@ -56,7 +58,7 @@ def swept_key(loras: Sequence[dict]) -> str:
     """The only key of SWEPT in which the LoRAs' runs differ. Raises ValueError if none or several do."""
     for lora in loras:
         if lora["run"] is None:
-            raise ValueError(
+            raise UserError(
                 f"{lora['name']!r} was evaluated away from the config.json of its run, so what was swept is unknown: "
                 f"evaluate it where the run wrote it, logs/RUN/final"
             )
@@ -64,7 +66,7 @@ def swept_key(loras: Sequence[dict]) -> str:
     differing = [key for key in SWEPT if len(values[key]) > 1]
     if len(differing) != 1:
         found = "; ".join(f"config.{key}: {', '.join(map(str, values[key]))}" for key in differing)
-        raise ValueError(
+        raise UserError(
             f"the {len(loras)} LoRAs differ in {found or 'none of ' + ', '.join(f'config.{key}' for key in SWEPT)}: "
             f"give runs that differ in exactly one of these keys"
         )
@@ -105,6 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("folders", nargs="+", help="folders that tools.evaluate wrote")
     parser.add_argument("--out", default="logs/sweep.png", help="picture to write")
     args = parser.parse_args(arguments)
+    check_file("--out", args.out)
     plot(*read_results(args.folders), args.out)
     print(f"wrote {args.out}")
 

@@ -10,7 +10,7 @@ on them, each with a log of its own: the converters, tools.validate_mrc, tools.c
 training of two processes (an epoch that fills the trackers, one with updates, two validations, checkpoints), its
 resumption for another epoch, and, if it trains a LoRA, tools.evaluate. Nothing is pretended. The configuration is the
 given one but for the keys that size, precision and paths must change, which are printed. At the end there is a table of
-what ran; a step that fails ends the rehearsal with the last lines of its log, one sentence, and exit status 1.
+what ran; a step that fails ends the rehearsal with the last lines of its log, one sentence, and exit status 2.
 
 Not shown by a rehearsal: that the files you download are complete; memory, speed, half precision and communication of
 GPUs; gsplat and rembg; several machines; that anything is learned from random weights.
@@ -31,8 +31,9 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from config import cli
-from config.validate import ROOT, flatten, validate
-from diffusers_patch.loading import check_cameras
+from config.errors import UserError
+from config.validate import ROOT, check_folder, flatten, validate
+from diffusers_patch.checks import check_cameras
 from prompts.dataset import load_prompts
 from tools.rehearsal import outcomes
 from tools.rehearsal.checkpoints import write_painter, write_reconstructor, write_vae
@@ -231,7 +232,7 @@ class Rehearsal:
         return Step(f"conversion of the {name}", module, arguments, lambda log: outcomes.folder(self.loaded(name)))
 
     def run(self) -> None:
-        """Every step, then the table. Raises ValueError, after the table and the end of its log, if a step fails."""
+        """Every step, then the table. Raises UserError, after the table and the end of its log, if a step fails."""
         for number, step in enumerate(self.steps(), start=1):
             log = self.folder / "steps" / f"{number}_{step.name.replace(' ', '_')}.log"
             print(f"{step.name}: {step.shown} ...", flush=True)
@@ -240,7 +241,7 @@ class Rehearsal:
             self.report(step.name, step.shown, time.perf_counter() - start, problem or outcome, not problem)
             if problem:
                 print(f"\n{self.table()}\n\nthe end of {log}:\n{tail(log)}")
-                raise ValueError(f"the step {step.name!r} failed: {problem} (all that it said is in {log})")
+                raise UserError(f"the step {step.name!r} failed: {problem} (all that it said is in {log})")
         print(f"\n{self.table()}\n\nall of it is in {self.folder}\n{NOT_SHOWN}")
 
     def attempt(self, step: Step, log: Path) -> tuple[str, str]:
@@ -302,7 +303,8 @@ def main(args) -> None:
     """args: the parsed flags."""
     folder = Path(args.out or f"logs/rehearsal_{datetime.now():%Y%m%d_%H%M%S}")
     if folder.exists():
-        raise ValueError(f"--out is {str(folder)!r}, which exists: name a new folder")
+        raise UserError(f"--out is {str(folder)!r}, which exists: name a new folder")
+    check_folder("--out", folder)
     Rehearsal(args.config, given_flags(), folder, execute).run()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from config.cli import one_sentence
+from config.validate import check_file
 from ddpo.report import write_report
 
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="the page to write")
     parser.add_argument("--no-objects", action="store_true", help="leave out the objects")
     args = parser.parse_args(arguments)
+    if args.out:
+        check_file("--out", args.out, (".html",))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     file = write_report(args.runs, args.out, None if args.no_objects else device)
     print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")

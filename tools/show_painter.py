@@ -15,7 +15,7 @@ import torch
 from absl import flags
 
 from config import cli
-from config.validate import validate
+from config.validate import check_file, validate
 from ddpo.pictures import sample_picture
 from ddpo.sampling import VALIDATION, make_generator
 from diffusers_patch.loading import load_painter
@@ -31,6 +31,7 @@ def define_flags() -> None:
 @torch.no_grad()
 def main(args) -> None:
     """args: the parsed flags."""
+    check_file("--out", args.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, sample = validate(args.config, 1, device), args.config.sample
     captions = PromptDataset.from_config(config.prompts).val_set[: args.count]

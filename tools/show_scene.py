@@ -23,18 +23,22 @@ from absl import flags
 from PIL import Image, UnidentifiedImageError
 
 from config import cli
-from config.validate import resolve
+from config.errors import UserError, first_line
+from config.validate import check_folder, validate_judge
 from ddpo.pictures import sample_picture
 from ddpo.report import write_viewer
 from ddpo.report.scenes import Scene, pyramids
 from mrc.mrc import resize_views
 from mrc.rewards import load_mrc
+from recon import reconstructor_cameras
 from recon.cameras import Cameras, orbit_cameras
 from recon.export import gaussians_splat, save_gaussians_ply
 from recon.gaussian_splatting import Gaussians
 from recon.mesh import extract_mesh, mesh_glb, save_mesh_ply
 from recon.reconstructor import Reconstructor
+from recon.weights import check_is_file
 
+SMALLEST = 32  # side in pixels of a picture in which an object can be seen
 FRAMES = 36
 AT_ONCE = 4  # frames rendered together
 MILLISECONDS = 80  # per frame
@@ -44,21 +48,26 @@ MOST_GAUSSIANS = 200_000  # in scene.html
 def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
     """Square pictures of one size as views (1, V, 3, S, S) in [0, 1], transparent parts in white.
 
-    count: how many the reconstructor wants. Raises ValueError or FileNotFoundError."""
+    count: how many the reconstructor wants. Raises UserError or MissingFileError."""
     if len(files) != count:
-        raise ValueError(
-            f"{len(files)} pictures are given, but the reconstructor wants {count}: give one for each of its cameras"
-        )
+        given = "1 picture is" if len(files) == 1 else f"{len(files)} pictures are"
+        raise UserError(f"{given} given, but the reconstructor wants {count}: give one for each of its cameras")
     views = []
     for file in files:
+        check_is_file(file, "give PNG or JPEG files")
         try:
             picture = Image.open(file).convert("RGBA")
         except UnidentifiedImageError:
-            raise ValueError(f"{file} is not a picture that can be read: give PNG or JPEG files") from None
+            raise UserError(f"{file} is not a picture that can be read: give PNG or JPEG files") from None
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise UserError(f"{file} is a damaged picture ({first_line(error)}): make or copy it again") from error
         if picture.width != picture.height:
-            raise ValueError(f"{file} is {picture.width}x{picture.height}, which is not square: crop or pad it")
+            raise UserError(f"{file} is {picture.width}x{picture.height}, which is not square: crop or pad it")
+        if picture.width < SMALLEST:
+            size = f"{picture.width} pixel{'s' * (picture.width > 1)}"
+            raise UserError(f"{file} is {size} wide: give pictures of {SMALLEST} or more")
         if views and len(views[0]) != picture.height:
-            raise ValueError(
+            raise UserError(
                 f"{file} is {picture.width} pixels wide and {files[0]} is {len(views[0])}: give pictures of one size"
             )
         views.append(np.array(Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture))[..., :3])
@@ -92,11 +101,12 @@ def define_flags() -> None:
 
 def main(args, *pictures: str) -> None:
     """args: the parsed flags; pictures: files."""
-    config, out = resolve(args.config, 1), Path(args.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, out = validate_judge(args.config, device), Path(args.out)
+    check_folder("--out", out)
+    views = load_views(pictures, len(reconstructor_cameras(config.recon))).to(device)
     judge = load_mrc(config, device)
     reconstructor, size = judge.reconstructor, config.recon.render_size
-    views = load_views(pictures, reconstructor.num_views).to(device)
     out.mkdir(parents=True, exist_ok=True)
 
     scene = judge.reconstruct(views)

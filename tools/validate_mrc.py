@@ -26,7 +26,7 @@ from absl import flags
 from scipy.stats import sem
 
 from config import cli
-from config.validate import resolve
+from config.validate import check_folder, validate_judge
 from ddpo.progress import Progress
 from mrc import MRC
 from mrc.rewards import load_mrc
@@ -169,8 +169,10 @@ def define_flags() -> None:
 
 def main(args) -> None:
     """args: the parsed flags."""
-    config, out = resolve(args.config, 1), Path(args.out)
-    judge = load_mrc(config, "cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, out = validate_judge(args.config, device), Path(args.out)
+    check_folder("--out", out)
+    judge = load_mrc(config, device)
     trials = Progress("validating", len(TRIALS), "distortions").over(TRIALS)
     results = experiment(judge, args.objects, config.recon.render_size, trials)
     out.mkdir(parents=True, exist_ok=True)

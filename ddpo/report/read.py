@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from config.errors import MissingFileError
+
 OWN = ("prompts", "rewards", "lpips", "lower_is_better")  # of scores.json; any other list of N numbers is a judge's
 
 
@@ -57,12 +59,12 @@ class Run:
 
 
 def read_run(folder: str | Path) -> Run:
-    """Read logs/<run>. Raises FileNotFoundError if `folder` is not the folder of a run."""
+    """Read logs/<run>. Raises MissingFileError if `folder` is not the folder of a run."""
     run = Run(Path(folder))
     if not run.folder.is_dir():
-        raise FileNotFoundError(f"{run.folder} does not exist: give the folder of a run, logs/RUN")
+        raise MissingFileError(f"{run.folder} does not exist: give the folder of a run, logs/RUN")
     if not (run.folder / "config.json").exists() and not (run.folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{run.folder} holds neither config.json nor metrics.jsonl, so it is not the folder of a run: give logs/RUN"
         )
     run.config = _read_json(run, "config.json") or {}

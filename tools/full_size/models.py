@@ -90,6 +90,7 @@ def install(device: torch.device) -> None:
     loading.load_scheduler = _scheduler
     loading.load_vae = _vae
     loading.weights_variant = lambda pretrained: None
+    loading.check_painter_files = lambda config: None
     loading.fuse_lora = lambda pipeline, folder: None
     for name, load_pipeline in PIPELINES.items():
         loading.PAINTERS[name] = replace(loading.PAINTERS[name], load_pipeline=_on(device, load_pipeline))

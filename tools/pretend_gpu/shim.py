@@ -11,6 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from config.errors import MissingFileError, UnwritableError
+
 SOURCE = Path(__file__).with_name("shim.cpp")
 
 
@@ -41,7 +43,7 @@ def build() -> Path:
     if library.exists():
         return library
     if shutil.which("g++") is None:
-        raise FileNotFoundError("the pretend GPU is compiled once by g++, which is not installed: install it")
+        raise MissingFileError("the pretend GPU is compiled once by g++, which is not installed: install it")
     torch_folder = _torch_folder()
     # renamed when complete: a compilation that is killed, or another at the same time, must not leave half a file
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
@@ -71,4 +73,4 @@ def _cache_folder():
             continue
         if os.access(folder, os.W_OK):
             return folder
-    raise OSError(f"the pretend GPU needs a folder for what it compiles, and {wanted} cannot be written to")
+    raise UnwritableError(f"the pretend GPU needs a folder for what it compiles, and {wanted} cannot be written to")

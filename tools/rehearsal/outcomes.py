@@ -9,7 +9,7 @@ from config.batches import updates_per_epoch
 from config.validate import flatten
 from ddpo.checkpoint import find_checkpoint
 from ddpo.evaluation import BASE
-from diffusers_patch.policy import LORA_FILE
+from diffusers_patch.checks import LORA_FILE
 
 
 def folder(path: Path) -> str:
