@@ -159,7 +159,7 @@ def test_without_a_gpu_it_says_so_at_once(tmp_path):
     (tmp_path / "nvidia-smi").chmod(0o755)
     environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
     done = subprocess.run(["bash", str(ROOT / "tests/gpu.sh")], env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout == "" and not (tmp_path / "venv").exists()
+    assert done.returncode == 2 and done.stdout == "" and not (tmp_path / "venv").exists()
     assert done.stderr.startswith("error: nvidia-smi finds no GPU on this machine") and done.stderr.count("\n") == 1
 
 

@@ -340,7 +340,7 @@ def test_the_command_ends_with_one_sentence(tmp_path):
     command = [sys.executable, "-m", "tools.convert_grm", str(tmp_path / "nothing.pth"), str(tmp_path / "grm")]
     done = subprocess.run(command, cwd=GOLDEN.parents[1], capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "tools.convert_grm: " in done.stderr and "nothing.pth is not a file: give grm_u.pth" in done.stderr
+    assert "tools.convert_grm: " in done.stderr and "nothing.pth does not exist: give grm_u.pth" in done.stderr
     assert not (tmp_path / "grm").exists()
 
 

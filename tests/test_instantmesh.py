@@ -448,12 +448,14 @@ def test_the_converter(model, checkpoint, tmp_path, monkeypatch, capsys):
     loaded = InstantMesh.from_pretrained(out)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in loaded.state_dict().items())
     monkeypatch.setattr(sys, "argv", ["convert_instantmesh", str(checkpoint), str(tmp_path / "out.ckpt")])
-    with pytest.raises(SystemExit, match="out.ckpt is to be written, but must end in .safetensors: give another name"):
+    with pytest.raises(SystemExit, match="2"):
         convert_main()
+    assert "out.ckpt': name a file that ends in .safetensors" in capsys.readouterr().err
 
 
 def test_a_hub_id_is_that_of_the_large_model(checkpoint, monkeypatch):
     asked = []
+    monkeypatch.setattr("recon.weights.hub_trouble", lambda *_: "")
     monkeypatch.setattr("recon.weights.hf_hub_download", lambda *names: asked.append(names) or checkpoint)
     InstantMesh.from_pretrained("TencentARC/InstantMesh")
     assert asked == [("TencentARC/InstantMesh", "instant_nerf_large.ckpt")]
@@ -506,7 +508,7 @@ def truncate(_, file):
             "small.ckpt' does not exist .*: give .* instant_nerf_base.ckpt",
         ),
         (truncate, ValueError, "small.ckpt could not be read .* download it again"),
-        (lambda _, file: file.write_text("<html>"), ValueError, "small.ckpt could not be read .* download it again"),
+        (lambda _, file: file.write_text("<html>"), ValueError, "small.ckpt was refused, and no code in it was run"),
         (
             changed(
                 lambda w: without(w, "synthesizer") | {f"{PREFIX}synthesizer.decoder.net_sdf.0.bias": torch.ones(2)}

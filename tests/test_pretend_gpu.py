@@ -31,7 +31,7 @@ def case(*arguments, checkout=ROOT, folder=ROOT):
 @pytest.mark.parametrize(
     ("run", "precision", "checkpointing", "gib"),
     [
-        ("carve3d_train", "fp16", "1", 12),
+        pytest.param("carve3d_train", "fp16", "1", 12, marks=pytest.mark.slow),
         ("carve3d_train", "bf16", "", 36),
         ("mvdream_lgm", "fp16", "", 7.5),
         ("mvdream_lgm", "bf16", "1", 7.5),
