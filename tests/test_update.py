@@ -323,7 +323,7 @@ def test_gradients_taken_while_painting_are_those_of_the_update(painter, targets
         results[way] for way in ("painting", "update", "an ulp away")
     )
     assert loss == pytest.approx(expected_loss, rel=1e-4) and norm == pytest.approx(expected_norm, rel=1e-4)
-    assert (step - expected).norm() <= ROUNDINGS * (moved - expected).norm() < 1e-3 * expected.norm()
+    assert (step - expected).norm() <= ROUNDINGS * (moved - expected).norm() < 1e-2 * expected.norm()
 
 
 def test_a_policy_without_a_lora_has_no_gradients_of_every_sample():
