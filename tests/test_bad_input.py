@@ -317,8 +317,8 @@ def bad(tmp_path_factory):
 
 def files(bad):
     """All files that a command could leave behind, with the time of their last change."""
-    logs = ROOT / "logs"
-    return {file: file.lstat().st_mtime_ns for folder in (bad, logs) for file in folder.rglob("*")}
+    folders = bad, bad.parent / "logs", ROOT / "logs"
+    return {file: file.lstat().st_mtime_ns for folder in folders for file in folder.rglob("*")}
 
 
 def in_process(row, bad, folder):
@@ -335,7 +335,7 @@ def in_process(row, bad, folder):
         if code != 0:
             return code, f"found by the check, before anything is loaded\n{error}"
         # in a place of its own, because other processes that test look for what is left as well
-        code, error = children.command("carve3d_train", [*arguments, f"--config.logdir={bad}/logs"], folder)
+        code, error = children.command("carve3d_train", [*arguments, f"--config.logdir={bad.parent}/logs"], folder)
     return code, error
 
 
