@@ -82,7 +82,7 @@ class Run:
         self.score_reference = config.kl_penalty or config.log_kl
         self.show_progress = accelerator.is_local_main_process
         switches = {"score_reference": self.score_reference, "show_progress": self.show_progress}
-        self.collect_samples = partial(collect_samples, self.policy, self.reward_fn, config=config, **switches)
+        self.collect_samples = partial(collect_samples, self.policy, config=config, **switches)
         self.epochs_done, self.kl = 0, 0.0  # kl: mean over the last epoch
 
         # nothing is written before this: a run that cannot be resumed is refused above, or by load_run
@@ -128,6 +128,7 @@ class Run:
         generators = [make_generator(config.seed, NOISE, epoch, i) for i in range(local.start, local.stop)]
         shown = config.sample.save_images if accelerator.is_main_process and epoch % config.save_freq == 0 else 0
         samples = self.collect_samples(
+            self.reward_fn,
             prompts[local],
             generators,
             keep_images=shown,
@@ -172,12 +173,8 @@ class Run:
         samples = None
         if local:
             generators = [make_generator(0, VALIDATION, i) for i in local]
-            samples = self.collect_samples(
-                [prompts[i] for i in local],
-                generators,
-                keep_images=len(local),
-                judge=getattr(self.reward_fn, "further", None),
-            )
+            reward_fn = getattr(self.reward_fn, "judged", self.reward_fn)
+            samples = self.collect_samples(reward_fn, [prompts[i] for i in local], generators, keep_images=len(local))
         with self.stopping.safely():
             self.log.validation_images(self.epochs_done, local, samples.images if samples else {})
         scores = gather_uneven_scores(samples, local)

@@ -334,16 +334,12 @@ def _check_foreign_keys(config: ConfigDict) -> None:
             f"config.sample.blob_std is {config.sample.blob_std!r}, but config.sample.initial_latents is "
             f"{config.sample.initial_latents!r}, which has no blobs: set that to 'gaussian_blob', or leave the key out"
         )
-    if config.recon.name != "openlrm" and config.recon.input_views != default.recon.input_views:
-        raise UserError(
-            f"config.recon.input_views is {config.recon.input_views!r}, which only the reconstructor 'openlrm' can "
-            f"follow: set config.recon.name to 'openlrm', or leave the key out"
-        )
-    if config.recon.name not in ANY_CAMERAS and config.recon.cameras != default.recon.cameras:
-        raise UserError(
-            f"config.recon.cameras is {config.recon.cameras!r}, which only the reconstructor 'instantmesh' can follow: "
-            f"set config.recon.name to 'instantmesh', or leave the key out"
-        )
+    for key, names in (("input_views", ("openlrm",)), ("cameras", ANY_CAMERAS)):
+        if config.recon.name not in names and config.recon[key] != default.recon[key]:
+            raise UserError(
+                f"config.recon.{key} is {config.recon[key]!r}, which only the reconstructor {names[0]!r} can follow: "
+                f"set config.recon.name to {names[0]!r}, or leave the key out"
+            )
     if config.recon.cameras != "mvdream" and config.recon.elevation != default.recon.elevation:
         raise UserError(
             f"config.recon.elevation is {config.recon.elevation!r}, which only config.recon.cameras = 'mvdream' can "

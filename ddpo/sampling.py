@@ -66,18 +66,16 @@ def collect_samples(
     step_generator: torch.Generator | None = None,
     backward: Callable | None = None,
     before_batch: Callable[[], None] | None = None,
-    judge: Callable[[torch.Tensor], dict[str, torch.Tensor]] | None = None,
 ) -> Samples:
     """Paint and score N prompts with N generators, `config.sample.batch_size` at a time.
 
     keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called before each
-    batch. judge: views (B, V, 3, S, S) -> {name: (B,)}, further scores. The trajectories wait for the update in host
-    memory: an epoch of them can be larger than a GPU.
+    batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
     None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
     """
     trajectories, gradients, results, images = [], [], [], []
-    judged, bad_views, seconds = [], {}, {"sampling": 0.0, "reward": 0.0}
+    bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}
     size = config.train.batch_size if backward else config.sample.batch_size
     suffix, learning = config.sample.prompt_suffix, {}
     policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
@@ -106,7 +104,6 @@ def collect_samples(
         progress.now("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])
-        judged.append(judge(trajectory.views.nan_to_num(1.0, 1.0, 0.0)) if judge else {})
         good = is_finite(trajectory, result.reward)
         bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:
@@ -136,7 +133,7 @@ def collect_samples(
         kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
         gradients=torch.cat(gradients) if gradients else None,
-        judges={name: torch.cat([values[name] for values in judged]) for name in judged[0]},
+        judges={name: torch.cat([result.judges[name] for result in results]) for name in results[0].judges},
         bad_views=bad_views,
     )
 

@@ -7,7 +7,7 @@ between each view and its render inside the object's bounding box, and the rewar
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -36,6 +36,7 @@ class MRCResult:
     renders: torch.Tensor  # (B, V, 3, S, S) in [0, 1], the reconstruction seen from the views' cameras
     empty: torch.Tensor  # (B, V) bool, the view shows no object, or too little of it
     foreground: torch.Tensor  # (B, V) share of the view that is foreground, in [0, 1]; watch it for shrinking objects
+    judges: dict[str, torch.Tensor] = field(default_factory=dict)  # (B,) of each judge that was asked, see `mrc.judges`
 
 
 class MRC:

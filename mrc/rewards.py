@@ -1,11 +1,11 @@
 """From a configuration to a reward: a function (views (B, V, 3, S, S) in [0, 1], prompts) -> result.
 
 A result has `reward` (B,), `foreground` (B, V), `empty` (B, V) bool, and `renders` (B, V, 3, S, S) and `lpips`
-(B, V) or None. A new reward is one entry in `REWARDS` (and its name in config/validate.py).
+(B, V) or None, and `judges`, {name: (B,)}. A new reward is one entry in `REWARDS` (and its name in config/validate.py).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from ml_collections import ConfigDict
@@ -27,6 +27,7 @@ class ImageResult:
     empty: torch.Tensor
     renders: None = None
     lpips: None = None
+    judges: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def load_mrc(config: ConfigDict, device: torch.device | str) -> MRC:
@@ -47,20 +48,20 @@ class MRCReward:
 
     def __init__(self, config: ConfigDict, device: torch.device | str):
         # first, because a missing rembg should be noticed before weights are read
-        self._remove_background = background_remover() if config.recon.remove_background else None
+        self._on_white = background_remover() if config.recon.remove_background else lambda views: views
         self.judge = load_mrc(config, device)
 
-    def prepare(self, views: torch.Tensor) -> torch.Tensor:
-        """On white, where the judge is."""
-        views = self._remove_background(views) if self._remove_background else views
-        return views.to(self.judge.reconstructor.device)
-
-    def further(self, views: torch.Tensor) -> dict[str, torch.Tensor]:
-        """{name: (B,)} of the judges beside it, see `mrc.judges`."""
-        return judge_views(self.judge, self.prepare(views))
-
     def __call__(self, views: torch.Tensor, prompts: Sequence[str]) -> MRCResult:
-        return self.judge(self.prepare(views))
+        return self.judge(self._prepared(views))
+
+    def judged(self, views: torch.Tensor, prompts: Sequence[str]) -> MRCResult:
+        """The same, with the judges beside it, which cost more than the reward."""
+        views = self._prepared(views)
+        return replace(self.judge(views), judges=judge_views(self.judge, views))
+
+    def _prepared(self, views):
+        """On white, where the judge is."""
+        return self._on_white(views).to(self.judge.reconstructor.device)
 
 
 def _image_reward(score):

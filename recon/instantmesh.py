@@ -24,7 +24,7 @@ from transformers import ViTConfig, ViTModel
 from config.errors import UnwritableError, UserError, about, first_line
 from recon.cameras import RIGS, Cameras, instant3d_cameras, lrm_source_vectors
 from recon.instantmesh_checkpoint import REMEDY, configuration, convert_instantmesh, published_weights
-from recon.lrm import LRM
+from recon.lrm import LRM, check_width
 from recon.volume_rendering import RadianceField, Triplane, check_one_object, render_scenes
 from recon.weights import find_file, read_weights
 
@@ -133,11 +133,7 @@ class InstantMesh(LRM):
                 f"InstantMesh's encoder is {encoder_model_name!r}, but only {', '.join(map(repr, ENCODERS))} is known."
             )
         encoder = ENCODERS[encoder_model_name] | (encoder_overrides or {})
-        if encoder["hidden_size"] != encoder_feat_dim:
-            raise ValueError(
-                f"InstantMesh's encoder_feat_dim = {encoder_feat_dim} must be the width of its encoder, "
-                f"{encoder['hidden_size']}."
-            )
+        check_width("InstantMesh", encoder, encoder_feat_dim)
         if input_size % encoder["patch_size"]:
             raise ValueError(
                 f"InstantMesh's input_size = {input_size} must be a multiple of its encoder's patch_size = "

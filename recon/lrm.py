@@ -24,6 +24,14 @@ POINTS = 2**18  # points of a scene decoded at a time, which bounds the memory
 CAMERA_NUMBERS = 16  # see `cameras.lrm_source_vectors`
 
 
+def check_width(model: str, encoder: dict, features: int) -> None:
+    """Raise ValueError unless the configuration `encoder` of the encoder of `model` gives `features` channels."""
+    if encoder["hidden_size"] != features:
+        raise ValueError(
+            f"{model}'s encoder_feat_dim = {features} must be the width of its encoder, {encoder['hidden_size']}."
+        )
+
+
 class Block(nn.Module):
     """Triplane tokens (B, L, width) attend to image features (B, N, features), then to each other.
 

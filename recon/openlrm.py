@@ -34,7 +34,7 @@ from recon.cameras import (
     openlrm_canonical_cameras,
     openlrm_canonical_transform,
 )
-from recon.lrm import LRM
+from recon.lrm import LRM, check_width
 from recon.openlrm_checkpoint import convert_openlrm
 from recon.volume_rendering import RadianceField, check_one_object, render_scenes
 from recon.weights import find_file, read_json, read_weights
@@ -155,11 +155,7 @@ class OpenLRM(LRM):
                 f"{transformer_dim}: give input_size."
             )
         encoder = {**ENCODERS[encoder_model_name], "image_size": 518, "patch_size": 14, **(encoder_overrides or {})}
-        if encoder["hidden_size"] != encoder_feat_dim:
-            raise ValueError(
-                f"OpenLRM's encoder_feat_dim = {encoder_feat_dim} must be the width of its encoder, "
-                f"{encoder['hidden_size']}."
-            )
+        check_width("OpenLRM", encoder, encoder_feat_dim)
         super().__init__(
             Dinov2WithRegistersModel(Dinov2WithRegistersConfig(**encoder)),
             camera_width=camera_embed_dim,

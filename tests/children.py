@@ -38,8 +38,8 @@ def command(module, arguments, folder):
 
 
 def _command(module, arguments, file):
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+    redirect(os.devnull, "w", (1,))
+    redirect(file, "w", (2,))
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -73,19 +73,22 @@ def module(name, arguments, log, environment):
 
     os.environ.update(environment)
     torch.set_num_threads(1)
-    with open(log, "a") as file:
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(file.fileno(), stream.fileno())
+    redirect(log, "a")
     sys.argv = [name, *arguments]
     runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def recorded(file, function, *args):
     """`function(*args)`, with what the process prints in a file."""
-    with open(file, "w") as stream:
-        for descriptor in (1, 2):
-            os.dup2(stream.fileno(), descriptor)
+    redirect(file, "w")
     function(*args)
+
+
+def redirect(file, mode, descriptors=(1, 2)):
+    """Write what this process prints to a file; descriptors: 1 for standard output, 2 for standard error."""
+    with open(file, mode) as stream:
+        for descriptor in descriptors:
+            os.dup2(stream.fileno(), descriptor)
 
 
 def train_until(values, target, call, happens, environment=None):

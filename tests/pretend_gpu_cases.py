@@ -11,6 +11,7 @@ import tools.pretend_gpu  # noqa: F401, must come before torch
 
 # isort: split
 import torch
+from torch.utils._pytree import tree_leaves
 
 import config.validate
 from config import dgx
@@ -130,7 +131,7 @@ def reconstructors(dtype):
             result = judge(views)
             found[name] = {
                 "problems": list(gpu.watch.problems),
-                "devices": sorted({str(value.device) for value in vars(result).values()}),
+                "devices": sorted({str(value.device) for value in tree_leaves(vars(result))}),
                 "shapes": [tuple(result.reward.shape), tuple(result.renders.shape)],
                 "waits": [f"{wait.kind} at {wait.place}" for wait in gpu.watch.waits],
             }

@@ -36,7 +36,6 @@ errors over prompts:
 import copy
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -48,7 +47,7 @@ from config import cli
 from config.errors import UserError
 from config.validate import ANY_CAMERAS, CHOICES, check_folder, flatten, validate
 from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, summarise, table
-from ddpo.files import write_whole
+from ddpo.files import whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.progress import Progress
 from ddpo.run_log import ROWS
@@ -59,7 +58,6 @@ from diffusers_patch.checks import KINDS, LORA_FILE, check_cameras, painter_came
 from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
-from mrc.judges import judge_views
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 from recon import reconstructor_cameras
@@ -141,10 +139,9 @@ def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None,
     first = load_reward(config, device)
 
     def measure(views, captions):
-        views = first.prepare(views)
-        result = first.judge(views)
+        result = first.judged(views, captions)
         foreground, empty = result.foreground.mean(1), result.empty.any(1).float()
-        values = {"mrc": -result.reward, "foreground": foreground, "empty": empty, **judge_views(first.judge, views)}
+        values = {"mrc": -result.reward, "foreground": foreground, "empty": empty, **result.judges}
         if second:
             values["judge"] = -second(views, captions).reward
         if similarity:
@@ -283,9 +280,8 @@ class Evaluation:
                 rows[f"{model}, {label}"] = torch.stack([image[name] for image in images]) / 255
         mrc = [[result["samples"]["mrc"][p][0] for result in summary.values()] for p in self.shown.values()]
         notes = ["MRC " + ", ".join(f"{value:.3f}" for value in values) for values in mrc]
-        partial = self.out / "tmp_pictures.png"
-        sample_picture(rows, notes, self.prompts).save(partial)
-        os.replace(partial, self.out / "pictures.png")
+        with whole(self.out / "pictures.png") as partial:
+            sample_picture(rows, notes, self.prompts).save(partial)
 
 
 def define_flags() -> None:

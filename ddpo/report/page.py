@@ -2,7 +2,6 @@
 
 import base64
 import io
-import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from PIL import Image
 
 from config import base
 from config.validate import flatten, resolve
+from ddpo.files import whole
 from ddpo.pictures import load_views
 from ddpo.report import summary
 from ddpo.report.curves import figures
@@ -236,9 +236,6 @@ def _parts(kinds):
 
 
 def _write(html, file):
-    """The file is never seen half-written."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"tmp_{file.name}")
-    partial.write_text(html)
-    os.replace(partial, file)
+    with whole(file) as partial:
+        partial.write_text(html)
     return file

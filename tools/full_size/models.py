@@ -22,6 +22,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from diffusers_patch import loading, mvdream, mvdream_checkpoints
+from diffusers_patch.instant3d_checkpoint import CONFIGS as SDXL
 from recon.grm import GRM
 from recon.instantmesh import InstantMesh
 from recon.instantmesh_checkpoint import OPTIONS as INSTANTMESH_OPTIONS
@@ -30,48 +31,6 @@ from recon.openlrm import OPTIONS as OPENLRM_OPTIONS
 from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
 
-SDXL_UNET = {
-    "sample_size": 128,  # a grid of 1024 x 1024 pixels
-    "in_channels": 4,
-    "out_channels": 4,
-    "block_out_channels": [320, 640, 1280],
-    "layers_per_block": 2,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "cross_attention_dim": 2048,
-    "attention_head_dim": [5, 10, 20],
-    "transformer_layers_per_block": [1, 2, 10],
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
-SDXL_VAE = {
-    "down_block_types": ["DownEncoderBlock2D"] * 4,
-    "up_block_types": ["UpDecoderBlock2D"] * 4,
-    "block_out_channels": [128, 256, 512, 512],
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 1024,
-    "scaling_factor": 0.13025,
-    "force_upcast": True,
-}
-CLIP_L = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "hidden_act": "quick_gelu",
-}
-CLIP_BIG_G = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "projection_dim": 1280,
-    "hidden_act": "gelu",
-}
 GRM_U = {  # the published GRM for Instant3D's four views
     "in_channels": 3,
     "input_res": 512,
@@ -129,11 +88,11 @@ class Tokens:
 
 
 def _sdxl_pipeline(pretrained, scheduler, **_):
-    first = CLIPTextConfig(**_read(pretrained, "text_encoder", CLIP_L))
-    second = CLIPTextConfig(**_read(pretrained, "text_encoder_2", CLIP_BIG_G))
+    first = CLIPTextConfig(**_read(pretrained, "text_encoder", SDXL["text_encoder"]))
+    second = CLIPTextConfig(**_read(pretrained, "text_encoder_2", SDXL["text_encoder_2"]))
     return StableDiffusionXLPipeline(
-        unet=UNet2DConditionModel.from_config(_read(pretrained, "unet", SDXL_UNET)),
-        vae=AutoencoderKL.from_config(_read(pretrained, "vae", SDXL_VAE)),
+        unet=UNet2DConditionModel.from_config(_read(pretrained, "unet", SDXL["unet"])),
+        vae=AutoencoderKL.from_config(_read(pretrained, "vae", SDXL["vae"])),
         text_encoder=CLIPTextModel(first),
         text_encoder_2=CLIPTextModelWithProjection(second),
         tokenizer=Tokens(first.max_position_embeddings),
@@ -171,7 +130,7 @@ def _scheduler(pretrained):
 def _vae(source):
     """Another VAE in place of the painter's own; those that a hub offers are SDXL's, mended for half precision."""
     file = Path(source) / "config.json"
-    config = json.loads(file.read_text()) if file.is_file() else SDXL_VAE | {"force_upcast": False}
+    config = json.loads(file.read_text()) if file.is_file() else SDXL["vae"] | {"force_upcast": False}
     return AutoencoderKL.from_config(config)
 
 

@@ -31,6 +31,7 @@ from recon.lgm import LGM, OPTIONS
 from recon.openlrm import OpenLRM
 from recon.openlrm_checkpoint import published_name
 from recon.tiny_lrm import TinyLRM
+from recon.weights import renamed
 
 VAE_PREFIX = PARTS["vae"].prefix  # the same in all of Stable Diffusion
 
@@ -292,7 +293,7 @@ def ldm_vae_weights(vae: AutoencoderKL) -> dict[str, torch.Tensor]:
     last = len(vae.config.up_block_types) - 1
     weights = {}
     for key, value in vae.state_dict().items():
-        name = _rename(re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", key), VAE_NAMES)
+        name = renamed(re.sub(r"up_blocks\.(\d+)", lambda match: f"up_blocks.{last - int(match[1])}", key), VAE_NAMES)
         is_convolution = ".mid.attn_1." in name and value.ndim == 2  # of one pixel, where diffusers has a matrix
         weights[VAE_PREFIX + name] = value[..., None, None] if is_convolution else value
     return weights
@@ -314,7 +315,7 @@ OPENCLIP_NAMES = {  # pattern of a name in transformers -> name in OpenCLIP
 
 def openclip_weights(model: CLIPTextModelWithProjection, prefix: str) -> dict[str, torch.Tensor]:
     """Those of a text encoder under `prefix` and the names of OpenCLIP."""
-    weights = _stack(model.state_dict(), lambda key: _rename(_with_prefix(key), OPENCLIP_NAMES))
+    weights = _stack(model.state_dict(), lambda key: renamed(_with_prefix(key), OPENCLIP_NAMES))
     weights["text_projection"] = weights["text_projection"].T.contiguous()
     return {prefix + key: value for key, value in weights.items()}
 
@@ -418,12 +419,6 @@ WRITERS = {
 
 
 ###### Names ######
-
-
-def _rename(name: str, patterns: Mapping[str, str]) -> str:
-    for pattern, other in patterns.items():
-        name = re.sub(pattern, other, name)
-    return name
 
 
 def _with_prefix(name: str) -> str:
