@@ -30,7 +30,10 @@ errors over prompts:
     KL           to the base painter, as config.kl_estimator estimates it: nats per dimension, mean over trained steps
     foreground   relative change of the share of the views that the object covers
     empty        share of the samples with an empty view
-    judge, CLIP  MRC by --judge, and cosine between caption and views by --clip; behind it the difference to the base
+    silhouettes, held-out view    see mrc/judges.py; with MRC they are asked of every painter
+    judge, CLIP  MRC by --judge, and cosine between caption and views by --clip
+    diversity    mean LPIPS between the samples of a prompt, if it has several that fit into config.sample.batch_size
+behind each of these the difference to the base
 """
 
 import copy
@@ -58,6 +61,7 @@ from diffusers_patch.checks import KINDS, LORA_FILE, check_cameras, painter_came
 from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
+from mrc.judges import diversity
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 from recon import reconstructor_cameras
@@ -132,8 +136,12 @@ def relevant_keys(config: ConfigDict) -> dict[str, object]:
     return {f"config.{key}": value for key, value in keys.items() if key in KEYS or key.startswith(SECTIONS)}
 
 
-def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None, device: torch.device) -> Callable:
-    """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S))."""
+def load_measure(
+    config: ConfigDict, judge: ConfigDict | None, clip: str | None, several: bool, device: torch.device
+) -> Callable:
+    """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S)).
+
+    several: every caption comes several times, so that there is a diversity."""
     similarity = _load("--clip", CLIPSimilarity, clip, device) if clip else None
     second = _load("--judge", load_reward, judge, device) if judge else None
     first = load_reward(config, device)
@@ -144,6 +152,8 @@ def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None,
         values = {"mrc": -result.reward, "foreground": foreground, "empty": empty, **result.judges}
         if second:
             values["judge"] = -second(views, captions).reward
+        if several:
+            values["diversity"] = diversity(views, captions, first.judge.lpips)
         if similarity:
             values["clip"] = similarity(views, captions)
         return values, result.renders
@@ -186,7 +196,8 @@ class Evaluation:
         self.shown = {p * samples: p for p in range(min(args.pictures, len(self.prompts)))}  # sample -> prompt
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.measure = load_measure(config, judge, args.clip, device)
+        several = 1 < samples <= config.sample.batch_size
+        self.measure = load_measure(config, judge, args.clip, several, device)
         self.policy = load_painter(config, device)
         self.policy.add_lora(config.lora.rank, config.lora.targets)
         for folder in args.lora:
@@ -218,7 +229,7 @@ class Evaluation:
             pictures = [self.picture(model, i) for i in batch if i in self.shown]
             return all((model, i) in rows for i in batch) and all(file.exists() for file in pictures)
 
-        together = batches(len(self.prompts) * self.samples, self.config.sample.batch_size)
+        together = batches(len(self.prompts), self.samples, self.config.sample.batch_size)
         return [(model, batch) for model in self.models for batch in together if not complete(model, batch)]
 
     def switch_to(self, model: str) -> None:
