@@ -88,7 +88,7 @@ def held_out_distance(judge: MRC, views: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def diversity(views: torch.Tensor, prompts: Sequence[str], lpips: Callable) -> torch.Tensor:
-    """How different the samples of one prompt are: (B,) mean LPIPS of a sample to the others of its prompt, view by view.
+    """How different the samples of a prompt are: (B,) mean LPIPS of a sample to the others of its prompt, view by view.
 
     views: (B, V, 3, S, S) in [0, 1]; prompts: B of them; lpips: callable (N, 3, S, S) x 2 -> (N,). NaN for a prompt
     that has one sample only."""

@@ -2,8 +2,8 @@
 
     python -m tiny.train_grm            # see weights/README.md for the time it takes; resumes if interrupted
 
-Needs the VAE. Writes tiny/weights/grm. No run learns from this model: it judges what was learned from the small LRM, with
-which it shares the objects but neither architecture nor seed (tools.evaluate --judge grm).
+Needs the VAE. Writes tiny/weights/grm. No run learns from this model: it judges what was learned from the small LRM,
+with which it shares the objects but neither architecture nor seed (tools.evaluate --judge grm).
 """
 
 import torch
