@@ -21,6 +21,7 @@ import numpy as np
 
 from config import cli
 from config.batches import batch_table, gradients_while_painting
+from config.errors import first_line
 from config.validate import check_run_places, validate
 from ddpo.advantages import epoch_advantages, relative_area
 from ddpo.bad_samples import leave_out_bad
@@ -203,8 +204,18 @@ class Run:
                 )
             self.log.final()
             if self.config.report and self.accelerator.is_main_process:
-                self.log.report(write_report([self.folder], device=self.accelerator.device))
+                self.report()
         self.accelerator.end_training()
+
+    def report(self):
+        """report.html. All else is saved by now, and a run that is done must not fail for a page."""
+        try:
+            self.log.report(write_report([self.folder], device=self.accelerator.device))
+        except Exception as error:
+            self.log.say(
+                f"report.html was not written ({first_line(error)}); the run itself is complete, and "
+                f"`python -m tools.report {self.folder}` tries again"
+            )
 
 
 def main(args):

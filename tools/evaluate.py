@@ -20,6 +20,7 @@ On several machines --out must be a folder that all of them see. An evaluation t
 again, on any number of processes, and ends with the same numbers. In --out there are afterwards
     results.json   every number, and what it depends on; python -m tools.plot_sweep draws several of these files
     table.md       the table that is printed
+    table.html     the same with the pictures, and with links to the reports of the LoRAs' runs
     pictures.png   the first sample of the first prompts, painted over re-rendered
     parts/         each sample's numbers as the processes wrote them, from which a killed evaluation resumes
 
@@ -45,6 +46,7 @@ from pathlib import Path
 import torch
 from absl import flags
 from ml_collections import ConfigDict
+from PIL import Image
 
 from config import cli
 from config.errors import UserError
@@ -53,6 +55,7 @@ from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, summarise, ta
 from ddpo.files import whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.progress import Progress
+from ddpo.report import write_table
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import start_accelerator
@@ -107,6 +110,12 @@ def run_of(folder: str | Path) -> dict[str, float] | None:
         except (OSError, ValueError, KeyError, TypeError):
             continue  # no file, or one of something else
     return None
+
+
+def report_of(folder: str | Path) -> Path | None:
+    """The report of the run that wrote a LoRA, `folder` being its final/ or lora/epoch_XXXX/; None if there is none."""
+    reports = [parent / "report.html" for parent in list(Path(folder).resolve().parents)[:2]]
+    return next((report for report in reports if report.exists()), None)
 
 
 def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -> ConfigDict | None:
@@ -273,17 +282,17 @@ class Evaluation:
         results = {"settings": self.parts.settings, "models": summary}
         write_whole(self.out / "results.json", json.dumps(results, indent=1))
         write_whole(self.out / "table.md", table(summary))
-        if self.shown:
-            self.draw(summary)
-        print(
-            f"{table(summary)}\n\n{len(self.prompts)} prompts x {self.samples} samples, mean ± standard error over "
-            f"prompts\nwrote {self.out / 'results.json'}"
-        )
+        picture = self.draw(summary) if self.shown else None
+        about = f"{len(self.prompts)} prompts x {self.samples} samples, mean ± standard error over prompts"
+        reports = {folder: report for folder in self.models if (report := report_of(folder))}
+        alt = "Samples by every painter, painted over re-rendered"
+        write_table(self.out / "table.html", "Evaluation", about, table(summary), reports, picture, alt)
+        print(f"{table(summary)}\n\n{about}\nwrote {self.out / 'results.json'} and {self.out / 'table.html'}")
         for model, judges in doubtful(summary).items():
             print(f"warning: {model} has a better MRC than the base model, but not by {' and '.join(judges)}")
 
-    def draw(self, summary: dict[str, dict]) -> None:
-        """pictures.png: of the shown prompts the first sample by every model, painted over re-rendered."""
+    def draw(self, summary: dict[str, dict]) -> Image.Image:
+        """pictures.png, also returned: the first sample of the shown prompts by every model, painted over re-rendered."""
         rows = {}
         for model in summary:
             images = [load_views(self.picture(model, i)) for i in self.shown]
@@ -291,8 +300,10 @@ class Evaluation:
                 rows[f"{model}, {label}"] = torch.stack([image[name] for image in images]) / 255
         mrc = [[result["samples"]["mrc"][p][0] for result in summary.values()] for p in self.shown.values()]
         notes = ["MRC " + ", ".join(f"{value:.3f}" for value in values) for values in mrc]
+        picture = sample_picture(rows, notes, self.prompts)
         with whole(self.out / "pictures.png") as partial:
-            sample_picture(rows, notes, self.prompts).save(partial)
+            picture.save(partial)
+        return picture
 
 
 def define_flags() -> None:
