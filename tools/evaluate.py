@@ -292,7 +292,7 @@ class Evaluation:
             print(f"warning: {model} has a better MRC than the base model, but not by {' and '.join(judges)}")
 
     def draw(self, summary: dict[str, dict]) -> Image.Image:
-        """pictures.png, also returned: the first sample of the shown prompts by every model, painted over re-rendered."""
+        """pictures.png, also returned: the shown prompts' first samples by every model, painted over re-rendered."""
         rows = {}
         for model in summary:
             images = [load_views(self.picture(model, i)) for i in self.shown]
