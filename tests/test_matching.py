@@ -138,7 +138,7 @@ def test_learning_from_a_picture_makes_it_easier_to_foretell(policy, trajectory)
 
 
 def test_area_is_relative_to_the_prompt_s_good_samples():
-    foreground = np.array([[0.1, 0.3], [0.2, 0.4], [0.9, 0.9], [0.5, 0.5]])
+    foreground = np.array([[0.1, 0.3, 0.2], [0.4, 0.0, 0.3], [0.9, 0.9, 0.9], [0.5, 0.5, 0.5]])
     good = np.array([True, True, False, True])
     found = relative_area(foreground, ["a", "a", "a", "b"], good)
     torch.testing.assert_close(found, torch.tensor([-0.05, 0.05, 0.0, 0.0]))
