@@ -17,6 +17,7 @@ from ddpo.progress import Progress
 from ddpo.steps import draw_reference_steps, draw_trained_steps
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
+from mrc.mrc import resize_views
 from prompts.dataset import PromptDataset
 
 # What random numbers are used for. Every use has a stream of its own, made from the run's seed, so that a resumed run
@@ -113,8 +114,10 @@ def collect_samples(
         good = is_finite(trajectory, result.reward)
         bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:
-            kept = {"views": trajectory.views, "renders": result.renders}
-            kept = {name: value[: keep_images - first] for name, value in kept.items() if value is not None}
+            kept = {"views": trajectory.views}
+            if result.renders is not None:  # of config.recon.render_size
+                kept["renders"] = resize_views(result.renders, trajectory.views.shape[-1])
+            kept = {name: value[: keep_images - first] for name, value in kept.items()}
             images.append({name: to_bytes(value) for name, value in kept.items()})
         if backward:
             gradients.append(trajectory.gradients.cpu())

@@ -186,8 +186,8 @@ def test_what_needs_the_gradients_of_every_sample_is_refused_without(tmp_path, k
 
 
 def test_a_run(tmp_path):
-    """The real script with both keys: it learns, at guidance and without."""
+    """The real script with both keys, and with renders of another size than the views."""
     values = settings(make_world(tmp_path), tmp_path, train__objective="awm", train__hold_foreground=True)
-    assert children.run(children.train, values | {"train.cfg": False}) == 0
+    assert children.run(children.train, values | {"train.cfg": False, "recon.render_size": 48}) == 0
     updates = metrics(tmp_path / "run", "update")
     assert len(updates) == 2 and all(line["grad_norm"] > 0 for line in updates)

@@ -65,6 +65,7 @@ from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
 from mrc.judges import diversity
+from mrc.mrc import resize_views
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 from recon import reconstructor_cameras
@@ -165,7 +166,7 @@ def load_measure(
             values["diversity"] = diversity(views, captions, first.judge.lpips)
         if similarity:
             values["clip"] = similarity(views, captions)
-        return values, result.renders
+        return values, resize_views(result.renders, views.shape[-1])
 
     return measure
 
