@@ -299,7 +299,7 @@ def _check_steps(config: ConfigDict) -> None:
             f"config.train.timestep_fraction {train.timestep_fraction} of {left} steps leaves no step to "
             f"train: set it to {math.ceil(1000 / left) / 1000} or more"
         )
-    if train.timesteps_per_forward > steps:
+    if train.timesteps_per_forward > steps and not gradients_while_painting(config):
         raise UserError(
             f"config.train.timesteps_per_forward is {train.timesteps_per_forward}, but only {steps} steps "
             f"of a sample are trained: set it to {steps} or less"
