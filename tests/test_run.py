@@ -1,6 +1,8 @@
 """What a run does with its configuration and its seed: its own stages, in this process, on models of a few thousand
 weights."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ import ddpo.sampling
 import ddpo.update
 from carve3d_train import Run
 from config import base
+from config.batches import gradients_while_painting
 from config.validate import validate
 from ddpo.advantages import epoch_advantages
 from ddpo.calibration import trajectory_means
 from ddpo.checkpoint import checkpoints, load_run
-from ddpo.sampling import collect_samples, make_generator
+from ddpo.sampling import collect_samples, gather_uneven_scores, local_slice, make_generator
 from ddpo.stat_tracking import make_trackers
 from ddpo.update import micro_batch_losses
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
@@ -90,6 +93,32 @@ def test_an_update_makes_good_samples_likelier_than_bad_ones(world, tmp_path, wh
     assert advantages @ change > 1e-3  # rounding is 1e-6
 
 
+def test_the_first_epoch_learns_nothing_and_a_spent_kl_ends_the_run(world, tmp_path):
+    run = bright_run(world, tmp_path, stop_kl=1e-3)
+    before = [p.detach().clone() for p in run.policy.trainable_parameters()]
+    run.epoch(0)
+    assert all(torch.equal(p, old) for p, old in zip(run.policy.trainable_parameters(), before, strict=True))
+    assert run.trackers["reward"].get_stats() and not run.finished
+    run.epoch(1)
+    assert not all(torch.equal(p, old) for p, old in zip(run.policy.trainable_parameters(), before, strict=True))
+    run.kl = 0.9e-3
+    assert not run.finished
+    run.kl = 1.1e-3
+    assert run.finished
+
+
+def test_gradients_are_taken_while_painting_only_where_an_epoch_has_one_update(world, tmp_path):
+    assert gradients_while_painting(config_of(world, tmp_path))
+    for changes in (
+        dict(train__total_batch_size=4),
+        dict(train__num_inner_epochs=2),
+        dict(use_lora=False),
+        dict(kl_in_reward=False, kl_per_prompt_stat_tracking=False),
+        dict(train__gradients_while_painting=False),
+    ):
+        assert not gradients_while_painting(config_of(world, tmp_path, **changes)), changes
+
+
 # -- randomness --------------------------------------------------------------------------------------------------------
 
 
@@ -150,6 +179,23 @@ def test_validations_have_the_same_noise_in_every_run_and_each_prompt_its_own(wo
     assert all(torch.equal(latents[0], other) for other in latents[1:])
     rows = latents[0].flatten(1)
     assert torch.cdist(rows, rows).fill_diagonal_(torch.inf).min() > 1
+
+
+def test_every_purpose_has_random_numbers_of_its_own():
+    streams = [(seed, purpose, epoch) for seed in (0, 1) for purpose in range(8) for epoch in (0, 1)]
+    firsts = {float(torch.rand((), generator=make_generator(*stream), dtype=torch.float64)) for stream in streams}
+    assert len(firsts) == len(streams)
+
+
+def test_processes_share_an_epoch_without_overlap():
+    ranks = [SimpleNamespace(process_index=rank, num_processes=3) for rank in range(3)]
+    assert [i for rank in ranks for i in range(12)[local_slice(12, rank)]] == list(range(12))
+
+
+def test_uneven_scores_are_put_in_order(monkeypatch):
+    mine = SimpleNamespace(scores=lambda: {"reward": torch.tensor([0.0, 2.0])})
+    monkeypatch.setattr(ddpo.sampling, "gather_object", lambda rows: [*rows, (1, {"reward": np.float32(1)})])
+    assert gather_uneven_scores(mine, [0, 2])["reward"].tolist() == [0, 1, 2]
 
 
 # -- painting ----------------------------------------------------------------------------------------------------------
@@ -369,6 +415,9 @@ def test_everything_that_training_changes_is_restored(world, tmp_path):
     run = bright_run(world, tmp_path, train__kl_per_update=0.01, train__kl_calibration_updates=2)
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     moved(run.policy)
+    for parameter in run.policy.trainable_parameters():
+        parameter.grad = torch.ones_like(parameter)
+    run.optimizer.step()
     run.trackers["reward"].update(["a", "b"], [1.0, 2.0])
     run.trackers["kl"].update(["a", "b"], [3.0, 4.0])
     run.calibration.done, run.epochs_done, run.kl = 1, 5, 0.25
@@ -382,5 +431,8 @@ def test_everything_that_training_changes_is_restored(world, tmp_path):
         "reward": {"history": {"a": [1.0], "b": [2.0]}},
         "kl": {"history": {"a": [3.0], "b": [4.0]}},
     }
+    moments, expected = (one.optimizer.state_dict()["state"] for one in (other, run))
+    assert moments[0]["step"] == expected[0]["step"] == 1
+    assert all(torch.equal(moments[i]["exp_avg"], expected[i]["exp_avg"]) for i in expected)
     pairs = zip(other.policy.trainable_parameters(), run.policy.trainable_parameters(), strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
