@@ -29,6 +29,7 @@ from recon.instantmesh import InstantMesh
 from recon.lgm import LGM, OPTIONS
 from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
+from recon.volume_rendering import sample_planes
 from tiny.train_painter import assemble, make_tokenizer
 from tools.rehearsal.checkpoints import GRM_PARAMS, INSTANTMESH, LRM, MVDREAM_UNET, TEXT, UNET, VAE
 
@@ -68,10 +69,25 @@ def make_world(folder):
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "tokenizer")
     assemble(RandomPainter(tokenizer), white_vae(), tokenizer).save_pretrained(folder / "painter")
-    TinyLRM(**LRM).save_pretrained(folder / "lrm")
+    random_lrm().save_pretrained(folder / "lrm")
     for name, prompts in (("train", PROMPTS), ("validation", PROMPTS[:3]), ("test", PROMPTS[:1])):
         (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
     return folder
+
+
+@torch.no_grad()
+def random_lrm():
+    """A reconstructor whose scenes are empty but for specks of matter: quick to render, and on white.
+
+    With weights as they are drawn it would fill the box with an even fog."""
+    model = TinyLRM(**LRM)
+    scene = model.reconstruct(torch.rand(1, 4, 3, 64, 64), model.cameras)
+    raw, _ = model.decoder.raw(sample_planes(scene.planes, 2 * torch.rand(1, 1000, 3) - 1))
+    last = model.decoder.net[-1]
+    steepness = 10 / raw.std()  # and matter only where the density is two standard deviations above its mean
+    last.bias[0] = steepness * (last.bias[0] - raw.mean()) - 20
+    last.weight[0] *= steepness
+    return model
 
 
 def make_mvdream(folder):
