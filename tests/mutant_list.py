@@ -37,6 +37,11 @@ _DENSITY = "test_ddim_with_logprob.py::test_log_prob_is_the_mean_of_the_normal_d
 _SCORE = "test_ddim_with_logprob.py::test_golden_score_and_gradient"
 _UNBIASED = "test_steps.py::test_sums_over_drawn_steps_keep_their_expectation"
 _STEPS = "test_steps.py::test_steps_of_a_run"
+_FORETOLD = "test_matching.py::test_the_log_probability_is_the_error_of_the_foretold_picture"
+_GROWTH = (
+    "test_matching.py::test_the_update_leaves_out_growth test_matching.py::test_a_step_without_growth_changes_no_area"
+)
+_AREA = "test_matching.py::test_area_is_relative_to_the_prompt_s_good_samples"
 _CHANGE = "test_report.py::test_a_change_is_a_paired_comparison"
 
 MUTANTS = [
@@ -44,8 +49,8 @@ MUTANTS = [
         "carve3d_train.py",
         (
             "advantages of the update with the wrong sign",
-            "samples, advantages[local])",
-            "samples, -advantages[local])",
+            "samples, advantages[local], None",
+            "samples, -advantages[local], None",
             _LIKELIER,
         ),
         ("the same noise in every epoch", "NOISE, epoch, i)", "NOISE, 0, i)", _RANDOM),
@@ -246,8 +251,8 @@ MUTANTS = [
         ),
         (
             "gradients taken while painting with the wrong sign",
-            "total = -(advantages @ gradients)",
-            "total = (advantages @ gradients)",
+            "set_gradient(parameters, -(advantages @ gradients)",
+            "set_gradient(parameters, (advantages @ gradients)",
             f"{_PAINTING} {_LIKELIER}",
         ),
         (
@@ -852,6 +857,59 @@ MUTANTS = [
             "config.train.gradients_while_painting and updates_per_epoch(config) == 1 and",
             "config.train.gradients_while_painting and",
             "test_run.py::test_gradients_are_taken_while_painting_only_where_an_epoch_has_one_update",
+        ),
+    ),
+    *_in(
+        "ddpo/matching.py",
+        ("pictures made harder to foretell", "return -analytic_kl(", "return analytic_kl(", _FORETOLD),
+        (
+            "matching with guidance whatever config.train.cfg says",
+            "scale if config.train.cfg else 1.0",
+            "scale",
+            "test_matching.py::test_gradients_of_every_sample_are_autograd_s",
+        ),
+        (
+            "the initial latents for the picture",
+            "trajectory.latents[:, -1]",
+            "trajectory.latents[:, 0]",
+            "test_matching.py::test_gradients_of_every_sample_are_autograd_s",
+        ),
+    ),
+    *_in(
+        "diffusers_patch/ddim_with_logprob.py",
+        (
+            "velocity of the wrong sign",
+            "return a_t.sqrt() * noise - (1 - a_t).sqrt() * clean",
+            "return (1 - a_t).sqrt() * clean - a_t.sqrt() * noise",
+            "test_matching.py::test_whoever_knew_the_picture_would_foretell_it",
+        ),
+    ),
+    *_in(
+        "ddpo/update.py",
+        ("growth is added", "return gradient - (gradient @ growth)", "return gradient + (gradient @ growth)", _GROWTH),
+        ("growth is not held", "if area is not None:", "if False:", _GROWTH),
+    ),
+    *_in(
+        "ddpo/advantages.py",
+        ("area that is not relative to the prompt", "area[same] - area[same].mean()", "area[same]", _AREA),
+        ("mean area for the median", "np.median(foreground, 1)", "foreground.mean(1)", _AREA),
+    ),
+    *_in(
+        "mrc/judges.py",
+        (
+            "diversity over all prompts",
+            "if prompts[a] == prompts[b]:",
+            "if True:",
+            "test_judges.py::test_diversity_falls_when_a_painter_collapses",
+        ),
+    ),
+    *_in(
+        "tools/measure_signal.py",
+        (
+            "a step foretold on the samples that made it",
+            "((half, ~half), (~half, half))",
+            "((half, half), (~half, ~half))",
+            "test_measure_signal.py::test_a_planted_signal_is_seen_and_no_other",
         ),
     ),
 ]
