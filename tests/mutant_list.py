@@ -497,7 +497,12 @@ MUTANTS = [
             "log_density.flatten(1).sum(dim=1)",
             _DENSITY,
         ),
-        ("gradients flow into the action", "prev_sample.detach().to(mean.dtype)", "prev_sample.to(mean.dtype)", _SCORE),
+        (
+            "gradients flow into the action",
+            "prev_sample.detach().to(mean.dtype)",
+            "prev_sample.to(mean.dtype)",
+            "test_ddim_with_logprob.py::test_an_action_has_no_gradient",
+        ),
         (
             "eta scales the variance",
             "var = eta**2 * _posterior_variance(a_t, a_prev)",
@@ -535,7 +540,7 @@ MUTANTS = [
             "draws are scored before they are rounded",
             "log_prob = gaussian_log_prob(x_prev, mean, std)\n",
             "log_prob = gaussian_log_prob(mean + std * noise, mean, std)\n",
-            "test_rollout.py::test_golden_run",
+            "test_rollout.py::test_what_is_scored_is_what_is_kept",
         ),
         (
             "the same noise at every step",
@@ -553,7 +558,7 @@ MUTANTS = [
             "skipped steps enter the KL",
             "per_step[:, : self.num_steps - skip_last]",
             "per_step",
-            "test_rollout.py::test_a_trajectory_in_parts",
+            "test_rollout.py::test_golden_run",
         ),
         (
             "the policy is its own reference",
@@ -669,7 +674,7 @@ MUTANTS = [
             "a threshold that is never reached",
             "| (foreground < min_foreground)",
             "| (foreground < 0)",
-            "test_mrc.py::test_foreground_and_the_threshold",
+            "test_mrc.py::test_a_dot_is_as_good_as_nothing",
         ),
         (
             "crops without antialiasing",
