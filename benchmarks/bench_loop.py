@@ -1,13 +1,13 @@
 """An epoch in this repository against an epoch as the published loops are built, side by side.
 
-    python benchmarks/bench_loop.py [--repeats 2]
+    python benchmarks/bench_loop.py [--repeats N]
 
 Both paint the same samples with the small grid painter, score every step under the base model, and take one LoRA
 update from the same advantages. The published structure: a second UNet as the base model, asked at every step, and an
 update that asks the UNet again, one step of a micro-batch at a time. Rewards cost the same in both and are left out.
-Every form runs in processes of its own (which remember their peak memory), in turns, on one thread each. Prints for
-float32 and bf16, one and two processes, each form's seconds of CPU, of the clock, and its memory, as shares of the
-published.
+Every form has processes of its own (which remember their peak memory), on one thread each, and the forms take turns
+with their epochs. Prints for float32 and bf16, one and two processes, each form's seconds of CPU, of the clock, and its
+memory, as shares of the published. Takes about TIME minutes on two cores.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import copy
 import multiprocessing
 import os
 import resource
+import socket
 import sys
 import time
 from pathlib import Path
@@ -122,7 +123,8 @@ def our_epoch(policy, optimizer, accelerator, prompts, generators, advantages, c
         update(*learner, samples.trajectory, advantages, config, torch.Generator().manual_seed(0))
 
 
-def worker(form, precision, rank, processes, port, results):
+def worker(form, precision, rank, processes, port, orders):
+    """Runs an epoch for every order and answers with its seconds of CPU and of the clock, and the MiB of all so far."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
@@ -136,7 +138,7 @@ def worker(form, precision, rank, processes, port, results):
     from diffusers_patch.loading import load_painter, make_trainable
 
     config = make_config(precision, processes, FORMS[form])
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = Accelerator(cpu=True)
     policy = load_painter(config, "cpu")
     make_trainable(policy, config)
     torch.manual_seed(0)
@@ -146,63 +148,71 @@ def worker(form, precision, rank, processes, port, results):
     optimizer = accelerator.prepare(make_optimizer(policy, config))
     count = SAMPLES // processes
     local = range(rank * count, (rank + 1) * count)
-    arguments = (
-        ["a red cube next to a blue cone"] * count,
-        [make_generator(0, NOISE, i) for i in local],
-        torch.linspace(-1, 1, SAMPLES)[local.start : local.stop],
-        config,
-    )
-
-    def epoch():
+    advantages = torch.linspace(-1, 1, SAMPLES)[local.start : local.stop]
+    prompts = ["a red cube next to a blue cone"] * count
+    while orders.recv():
+        generators = [make_generator(0, NOISE, i) for i in local]
+        cpu, clock = time.process_time(), time.perf_counter()
         if form == PUBLISHED:
-            published_epoch(policy, reference, optimizer, accelerator, *arguments)
+            published_epoch(policy, reference, optimizer, accelerator, prompts, generators, advantages, config)
         else:
-            our_epoch(policy, optimizer, accelerator, *arguments)
-
-    epoch()  # what happens once in a process is not counted
-    cpu, clock = time.process_time(), time.perf_counter()
-    epoch()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results.put((time.process_time() - cpu, time.perf_counter() - clock, peak))
+            our_epoch(policy, optimizer, accelerator, prompts, generators, advantages, config)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        orders.send((time.process_time() - cpu, time.perf_counter() - clock, peak))
     accelerator.end_training()
 
 
-def measure(form, precision, processes, port):
-    """Seconds of CPU over all processes, of the clock, and the MiB of one process."""
+def start(form, precision, processes):
+    """The processes of a form, each with the pipe that it takes orders from."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=worker, args=(form, precision, rank, processes, port, results))
-        for rank in range(processes)
-    ]
-    for process in workers:
+    started = []
+    for rank in range(processes):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=worker, args=(form, precision, rank, processes, port, theirs), daemon=True)
         process.start()
-    cpu, clock, peak = zip(*[results.get() for _ in workers], strict=True)
-    for process in workers:
-        process.join()
+        theirs.close()  # so that a process that dies ends the waiting for it
+        started.append((process, ours))
+    return started
+
+
+def epoch(workers):
+    """Seconds of CPU over all processes, of the clock, and the MiB of the largest process."""
+    for _, pipe in workers:
+        pipe.send(True)
+    cpu, clock, peak = zip(*[pipe.recv() for _, pipe in workers], strict=True)
     return sum(cpu), max(clock), max(peak)
+
+
+def measure(precision, processes, repeats):
+    """{form: the smallest of each of its numbers}, from epochs of all forms in turns."""
+    forms = {form: start(form, precision, processes) for form in FORMS}
+    for workers in forms.values():
+        epoch(workers)  # what happens once in a process is not counted
+    rounds = [{form: epoch(workers) for form, workers in forms.items()} for _ in range(repeats)]
+    for workers in forms.values():
+        for _, pipe in workers:
+            pipe.send(False)
+        for process, _ in workers:
+            process.join()
+    return {form: [min(values) for values in zip(*(found[form] for found in rounds), strict=True)] for form in FORMS}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2, help="of every form; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="epochs of every form; the fastest counts")
     repeats = parser.parse_args().repeats
-    port = 29600
-    for precision in ("no", "bf16"):
-        for processes in (1, 2):
-            found = {form: [] for form in FORMS}
-            for _ in range(repeats):
-                for form in FORMS:
-                    port += 1
-                    found[form].append(measure(form, precision, processes, port))
-            best = {form: [min(values) for values in zip(*rows, strict=True)] for form, rows in found.items()}
-            name = "float32" if precision == "no" else precision
-            print(f"\n{name}, processes: {processes}. CPU, clock and memory, as shares of {PUBLISHED}:")
-            for form, values in best.items():
-                ratios = "  ".join(f"{a / b:5.2f}" for a, b in zip(values, best[PUBLISHED], strict=True))
-                print(
-                    f"  {form:<46} {ratios}   ({values[0]:.1f} s, {values[1]:.1f} s, {values[2]:.0f} MiB)", flush=True
-                )
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started from here
+    cases = [(precision, processes) for precision in ("no", "bf16") for processes in (1, 2)]
+    print(f"CPU, clock and memory as shares of {PUBLISHED}", flush=True)
+    for precision, processes in cases:
+        name = "float32" if precision == "no" else precision
+        print(f"\n{name}, processes: {processes}", flush=True)
+        found = measure(precision, processes, repeats)
+        for form, values in found.items():
+            ratios = "  ".join(f"{a / b:5.2f}" for a, b in zip(values, found[PUBLISHED], strict=True))
+            print(f"  {form:<46} {ratios}   ({values[0]:.1f} s, {values[1]:.1f} s, {values[2]:.0f} MiB)", flush=True)
 
 
 if __name__ == "__main__":
