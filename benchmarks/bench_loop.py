@@ -7,23 +7,19 @@ update from the same advantages. The published structure: a second UNet as the b
 update that asks the UNet again, one step of a micro-batch at a time. Rewards cost the same in both and are left out.
 Every form has processes of its own (which remember their peak memory), on one thread each, and the forms take turns
 with their epochs. Prints for float32 and bf16, one and two processes, each form's seconds of CPU, of the clock, and its
-memory, as shares of the published. Takes about TIME minutes on two cores.
+memory, as shares of the published. Takes about seven minutes on two cores.
 """
 
 import argparse
 import copy
-import multiprocessing
-import os
-import resource
-import socket
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.processes import epoch, start, stop
 
 SAMPLES, STEPS = 8, 10
 PUBLISHED = "published loops"
@@ -123,14 +119,8 @@ def our_epoch(policy, optimizer, accelerator, prompts, generators, advantages, c
         update(*learner, samples.trajectory, advantages, config, torch.Generator().manual_seed(0))
 
 
-def worker(form, precision, rank, processes, port, orders):
-    """Runs an epoch for every order and answers with its seconds of CPU and of the clock, and the MiB of all so far."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
+def prepare(rank, processes, form, precision):
+    """-> a function that runs an epoch of a form."""
     from accelerate import Accelerator
 
     from ddpo.sampling import NOISE, make_generator
@@ -144,66 +134,35 @@ def worker(form, precision, rank, processes, port, orders):
     torch.manual_seed(0)
     for parameter in policy.trainable_parameters():  # so that the policy is not the base model
         parameter.data += 0.01 * torch.randn(parameter.shape)
-    reference = copy.deepcopy(policy) if form == PUBLISHED else None
+    models = (policy, copy.deepcopy(policy)) if form == PUBLISHED else (policy,)
+    run = published_epoch if form == PUBLISHED else our_epoch
     optimizer = accelerator.prepare(make_optimizer(policy, config))
     count = SAMPLES // processes
     local = range(rank * count, (rank + 1) * count)
     advantages = torch.linspace(-1, 1, SAMPLES)[local.start : local.stop]
     prompts = ["a red cube next to a blue cone"] * count
-    while orders.recv():
+
+    def one_epoch():
         generators = [make_generator(0, NOISE, i) for i in local]
-        cpu, clock = time.process_time(), time.perf_counter()
-        if form == PUBLISHED:
-            published_epoch(policy, reference, optimizer, accelerator, prompts, generators, advantages, config)
-        else:
-            our_epoch(policy, optimizer, accelerator, prompts, generators, advantages, config)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        orders.send((time.process_time() - cpu, time.perf_counter() - clock, peak))
-    accelerator.end_training()
+        run(*models, optimizer, accelerator, prompts, generators, advantages, config)
 
-
-def start(form, precision, processes):
-    """The processes of a form, each with the pipe that it takes orders from."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    started = []
-    for rank in range(processes):
-        ours, theirs = context.Pipe()
-        process = context.Process(target=worker, args=(form, precision, rank, processes, port, theirs), daemon=True)
-        process.start()
-        theirs.close()  # so that a process that dies ends the waiting for it
-        started.append((process, ours))
-    return started
-
-
-def epoch(workers):
-    """Seconds of CPU over all processes, of the clock, and the MiB of the largest process."""
-    for _, pipe in workers:
-        pipe.send(True)
-    cpu, clock, peak = zip(*[pipe.recv() for _, pipe in workers], strict=True)
-    return sum(cpu), max(clock), max(peak)
+    return one_epoch
 
 
 def measure(precision, processes, repeats):
     """{form: the smallest of each of its numbers}, from epochs of all forms in turns."""
-    forms = {form: start(form, precision, processes) for form in FORMS}
+    forms = {form: start(prepare, processes, form, precision) for form in FORMS}
+    rounds = [{form: epoch(workers) for form, workers in forms.items()} for _ in range(repeats + 1)]
     for workers in forms.values():
-        epoch(workers)  # what happens once in a process is not counted
-    rounds = [{form: epoch(workers) for form, workers in forms.items()} for _ in range(repeats)]
-    for workers in forms.values():
-        for _, pipe in workers:
-            pipe.send(False)
-        for process, _ in workers:
-            process.join()
-    return {form: [min(values) for values in zip(*(found[form] for found in rounds), strict=True)] for form in FORMS}
+        stop(workers)
+    counted = rounds[1:]  # not what happens once in a process
+    return {form: [min(values) for values in zip(*(found[form] for found in counted), strict=True)] for form in FORMS}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=2, help="epochs of every form; the fastest counts")
     repeats = parser.parse_args().repeats
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that are started from here
     cases = [(precision, processes) for precision in ("no", "bf16") for processes in (1, 2)]
     print(f"CPU, clock and memory as shares of {PUBLISHED}", flush=True)
     for precision, processes in cases:
