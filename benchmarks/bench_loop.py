@@ -41,7 +41,7 @@ def make_config(precision, processes, changes):
     config.sample.num_steps, config.sample.guidance_scale = STEPS, 5.0
     config.sample.total_batch_size = config.train.total_batch_size = SAMPLES
     config.sample.batch_size = config.train.batch_size = SAMPLES // processes
-    config.train.timesteps_per_forward, config.train.skip_last_steps = 1, 0
+    config.train.timesteps_per_forward, config.train.skip_last_steps, config.train.hold_foreground = 1, 0, False
     config.per_prompt_stat_tracking.min_count = 1
     config.update_from_flattened_dict(changes or {})
     return validate(config, processes)
