@@ -312,9 +312,9 @@ def _check_steps(config: ConfigDict) -> None:
     for key, used in (("objective", train.objective == "awm"), ("hold_foreground", train.hold_foreground)):
         if used and not gradients_while_painting(config):
             raise UserError(
-                f"config.train.{key} is {train[key]!r}, which needs the gradients of every sample: set "
-                f"train.gradients_while_painting, use_lora and kl_in_reward to True, train.num_inner_epochs to 1 and "
-                f"train.total_batch_size to sample.total_batch_size"
+                f"config.train.{key} is {train[key]!r}, which needs the gradients of every sample: set it to "
+                f"{base.get_config().train[key]!r}, or train.gradients_while_painting, use_lora and kl_in_reward to "
+                f"True, train.num_inner_epochs to 1 and train.total_batch_size to sample.total_batch_size"
             )
     total_updates = (config.num_epochs - 1) * updates_per_epoch(config)
     if train.kl_per_update > 0 and train.kl_calibration_updates > max(total_updates, 1):

@@ -209,6 +209,7 @@ def test_per_process_numbers_win_over_totals_as_ddpo_users_expect():
     config = tiny.get_config()
     config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 3
     config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2
+    config.train.hold_foreground = False  # which wants one update per epoch
     validate(config, 2, check_files=False)
     assert (config.sample.total_batch_size, config.train.total_batch_size) == (24, 8)
     assert updates_per_epoch(config) == 3

@@ -181,7 +181,13 @@ def test_the_table():
 
 
 def test_what_is_left_and_printed(world, out, models):
-    assert sorted(file.name for file in out.iterdir()) == ["parts", "pictures.png", "results.json", "table.md"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "parts",
+        "pictures.png",
+        "results.json",
+        "table.html",
+        "table.md",
+    ]
     text = (out / "table.md").read_text()
     assert "diversity ↑" in text.splitlines()[0]  # there are two samples of each prompt
     assert len(text.splitlines()) == 5 and text in out.with_name("log").read_text()
