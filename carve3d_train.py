@@ -21,8 +21,9 @@ import numpy as np
 
 from config import cli
 from config.batches import batch_table, gradients_while_painting
+from config.errors import first_line
 from config.validate import check_run_places, validate
-from ddpo.advantages import epoch_advantages
+from ddpo.advantages import epoch_advantages, relative_area
 from ddpo.bad_samples import leave_out_bad
 from ddpo.calibration import StepCalibration, check_clip_range
 from ddpo.checkpoint import load_run, save_run
@@ -142,26 +143,27 @@ class Run:
         if not good.all():
             samples = leave_out_bad(self, epoch, samples, prompts, good, local)
         advantages = epoch_advantages(scores, prompts, good, self.trackers, config, epoch)
+        area = relative_area(scores["foreground"], prompts, good) if config.train.hold_foreground else None
         scores = {name: value[good] for name, value in scores.items()}
         self.kl = float(scores["kl"].mean()) if self.score_reference else 0.0
 
         start = time.perf_counter()
         updates = []
         if epoch > 0:  # the first epoch only fills the trackers
-            updates = self.update(epoch, samples, advantages[local])
+            updates = self.update(epoch, samples, advantages[local], None if area is None else area[local])
         self.epochs_done += 1
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         with self.stopping.safely():
             self.log.epoch(epoch, samples, prompts[local], scores, updates, seconds)
 
-    def update(self, epoch, samples, advantages):
+    def update(self, epoch, samples, advantages, area):
         """The updates of an epoch: one dict of statistics per optimizer step."""
         generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch, self.accelerator.process_index)
         self.calibration.start(samples.trajectory)
         learner = self.policy, self.optimizer, self.accelerator
         after = self.calibration.after_update
         if samples.gradients is not None:
-            return update_from_gradients(*learner, samples.gradients, advantages, self.config, after)
+            return update_from_gradients(*learner, samples.gradients, advantages, self.config, after, area)
         return update(*learner, samples.trajectory, advantages, self.config, generator, after, self.show_progress)
 
     def validation(self):
@@ -202,8 +204,18 @@ class Run:
                 )
             self.log.final()
             if self.config.report and self.accelerator.is_main_process:
-                self.log.report(write_report([self.folder], device=self.accelerator.device))
+                self.report()
         self.accelerator.end_training()
+
+    def report(self):
+        """report.html. All else is saved by now, and a run that is done must not fail for a page."""
+        try:
+            self.log.report(write_report([self.folder], device=self.accelerator.device))
+        except Exception as error:
+            self.log.say(
+                f"report.html was not written ({first_line(error)}); the run itself is complete, and "
+                f"`python -m tools.report {self.folder}` tries again"
+            )
 
 
 def main(args):

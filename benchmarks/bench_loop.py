@@ -1,28 +1,25 @@
 """An epoch in this repository against an epoch as the published loops are built, side by side.
 
-    python benchmarks/bench_loop.py [--repeats 2]
+    python benchmarks/bench_loop.py [--repeats N]
 
 Both paint the same samples with the small grid painter, score every step under the base model, and take one LoRA
 update from the same advantages. The published structure: a second UNet as the base model, asked at every step, and an
 update that asks the UNet again, one step of a micro-batch at a time. Rewards cost the same in both and are left out.
-Every form runs in processes of its own (which remember their peak memory), in turns, on one thread each. Prints for
-float32 and bf16, one and two processes, each form's seconds of CPU, of the clock, and its memory, as shares of the
-published.
+Every form has processes of its own (which remember their peak memory), on one thread each, and the forms take turns
+with their epochs. Prints for float32 and bf16, one and two processes, each form's seconds of CPU, of the clock, and its
+memory, as shares of the published. Takes about seven minutes on two cores.
 """
 
 import argparse
 import copy
-import multiprocessing
-import os
-import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.processes import epoch, start, stop
 
 SAMPLES, STEPS = 8, 10
 PUBLISHED = "published loops"
@@ -44,7 +41,7 @@ def make_config(precision, processes, changes):
     config.sample.num_steps, config.sample.guidance_scale = STEPS, 5.0
     config.sample.total_batch_size = config.train.total_batch_size = SAMPLES
     config.sample.batch_size = config.train.batch_size = SAMPLES // processes
-    config.train.timesteps_per_forward, config.train.skip_last_steps = 1, 0
+    config.train.timesteps_per_forward, config.train.skip_last_steps, config.train.hold_foreground = 1, 0, False
     config.per_prompt_stat_tracking.min_count = 1
     config.update_from_flattened_dict(changes or {})
     return validate(config, processes)
@@ -122,13 +119,8 @@ def our_epoch(policy, optimizer, accelerator, prompts, generators, advantages, c
         update(*learner, samples.trajectory, advantages, config, torch.Generator().manual_seed(0))
 
 
-def worker(form, precision, rank, processes, port, results):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-    os.chdir(ROOT)
-    torch.set_num_threads(1)
+def prepare(rank, processes, form, precision):
+    """-> a function that runs an epoch of a form."""
     from accelerate import Accelerator
 
     from ddpo.sampling import NOISE, make_generator
@@ -136,73 +128,50 @@ def worker(form, precision, rank, processes, port, results):
     from diffusers_patch.loading import load_painter, make_trainable
 
     config = make_config(precision, processes, FORMS[form])
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    accelerator = Accelerator(cpu=True)
     policy = load_painter(config, "cpu")
     make_trainable(policy, config)
     torch.manual_seed(0)
     for parameter in policy.trainable_parameters():  # so that the policy is not the base model
         parameter.data += 0.01 * torch.randn(parameter.shape)
-    reference = copy.deepcopy(policy) if form == PUBLISHED else None
+    models = (policy, copy.deepcopy(policy)) if form == PUBLISHED else (policy,)
+    run = published_epoch if form == PUBLISHED else our_epoch
     optimizer = accelerator.prepare(make_optimizer(policy, config))
     count = SAMPLES // processes
     local = range(rank * count, (rank + 1) * count)
-    arguments = (
-        ["a red cube next to a blue cone"] * count,
-        [make_generator(0, NOISE, i) for i in local],
-        torch.linspace(-1, 1, SAMPLES)[local.start : local.stop],
-        config,
-    )
+    advantages = torch.linspace(-1, 1, SAMPLES)[local.start : local.stop]
+    prompts = ["a red cube next to a blue cone"] * count
 
-    def epoch():
-        if form == PUBLISHED:
-            published_epoch(policy, reference, optimizer, accelerator, *arguments)
-        else:
-            our_epoch(policy, optimizer, accelerator, *arguments)
+    def one_epoch():
+        generators = [make_generator(0, NOISE, i) for i in local]
+        run(*models, optimizer, accelerator, prompts, generators, advantages, config)
 
-    epoch()  # what happens once in a process is not counted
-    cpu, clock = time.process_time(), time.perf_counter()
-    epoch()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    results.put((time.process_time() - cpu, time.perf_counter() - clock, peak))
-    accelerator.end_training()
+    return one_epoch
 
 
-def measure(form, precision, processes, port):
-    """Seconds of CPU over all processes, of the clock, and the MiB of one process."""
-    context = multiprocessing.get_context("spawn")
-    results = context.Queue()
-    workers = [
-        context.Process(target=worker, args=(form, precision, rank, processes, port, results))
-        for rank in range(processes)
-    ]
-    for process in workers:
-        process.start()
-    cpu, clock, peak = zip(*[results.get() for _ in workers], strict=True)
-    for process in workers:
-        process.join()
-    return sum(cpu), max(clock), max(peak)
+def measure(precision, processes, repeats):
+    """{form: the smallest of each of its numbers}, from epochs of all forms in turns."""
+    forms = {form: start(prepare, processes, form, precision) for form in FORMS}
+    rounds = [{form: epoch(workers) for form, workers in forms.items()} for _ in range(repeats + 1)]
+    for workers in forms.values():
+        stop(workers)
+    counted = rounds[1:]  # not what happens once in a process
+    return {form: [min(values) for values in zip(*(found[form] for found in counted), strict=True)] for form in FORMS}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=2, help="of every form; the fastest counts")
+    parser.add_argument("--repeats", type=int, default=2, help="epochs of every form; the fastest counts")
     repeats = parser.parse_args().repeats
-    port = 29600
-    for precision in ("no", "bf16"):
-        for processes in (1, 2):
-            found = {form: [] for form in FORMS}
-            for _ in range(repeats):
-                for form in FORMS:
-                    port += 1
-                    found[form].append(measure(form, precision, processes, port))
-            best = {form: [min(values) for values in zip(*rows, strict=True)] for form, rows in found.items()}
-            name = "float32" if precision == "no" else precision
-            print(f"\n{name}, processes: {processes}. CPU, clock and memory, as shares of {PUBLISHED}:")
-            for form, values in best.items():
-                ratios = "  ".join(f"{a / b:5.2f}" for a, b in zip(values, best[PUBLISHED], strict=True))
-                print(
-                    f"  {form:<46} {ratios}   ({values[0]:.1f} s, {values[1]:.1f} s, {values[2]:.0f} MiB)", flush=True
-                )
+    cases = [(precision, processes) for precision in ("no", "bf16") for processes in (1, 2)]
+    print(f"CPU, clock and memory as shares of {PUBLISHED}", flush=True)
+    for precision, processes in cases:
+        name = "float32" if precision == "no" else precision
+        print(f"\n{name}, processes: {processes}", flush=True)
+        found = measure(precision, processes, repeats)
+        for form, values in found.items():
+            ratios = "  ".join(f"{a / b:5.2f}" for a, b in zip(values, found[PUBLISHED], strict=True))
+            print(f"  {form:<46} {ratios}   ({values[0]:.1f} s, {values[1]:.1f} s, {values[2]:.0f} MiB)", flush=True)
 
 
 if __name__ == "__main__":

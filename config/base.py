@@ -169,9 +169,18 @@ def get_config() -> ConfigDict:
     config.train.max_grad_norm = 1.0
     # Passes over the samples of an epoch. 1 = each sample is used once.
     config.train.num_inner_epochs = 1
-    # Recompute log-probabilities with the guidance used in sampling. Must be True (DDPO's key): without it the update
-    # would score another policy than the one that sampled. For no guidance at all set sample.guidance_scale = 1.0.
+    # What becomes likelier where the advantage is positive, and unlikelier where it is negative: "ddpo" = the path that
+    # was taken, by the log-probabilities of its steps (published); "awm" = the picture that it led to, by how well the
+    # model foretells it from fresh noise at the levels of the same steps (advantage-weighted matching). "awm" needs
+    # gradients_while_painting and what these need.
+    config.train.objective = "ddpo"
+    # Use the guidance of the sampling in the update (DDPO's key). Must be True for "ddpo", which would else score
+    # another policy than the one that sampled; "awm" may match without. For no guidance at all set
+    # sample.guidance_scale = 1.0.
     config.train.cfg = True
+    # Leave out of every update what would make the objects larger or smaller, to first order: larger ones survive a
+    # reconstruction better, and growth is an easy way to raise the reward. Needs gradients_while_painting.
+    config.train.hold_foreground = False
     # Advantages are clamped to +- this many standard deviations.
     config.train.adv_clip_max = 5.0
     # PPO's clip range for the ratio. So small because the log-probability is a mean over the latent's dimensions.

@@ -74,10 +74,11 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
     sample, train = config.sample, config.train
     updates = updates_per_epoch(config)
     steps = trained_steps(config)
+    passes = f"{min(train.timesteps_per_forward, steps)} per UNet pass"
     if updates == 1:
         policy = "purely on-policy (one update on each epoch's own samples)"
         if gradients_while_painting(config):
-            policy += ", its gradients taken while painting"
+            policy, passes = f"{policy}, its gradients taken while painting", "in the passes that paint them"
     else:
         policy = f"off-policy after the first of {updates} updates on the same samples"
     rows = [
@@ -93,10 +94,7 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
             f" x {train.gradient_accumulation_steps} accumulated x {num_processes} processes",
         ),
         ("updates per epoch", f"{updates}, {policy}"),
-        (
-            "trained steps",
-            f"{steps} of {sample.num_steps} per sample, {min(train.timesteps_per_forward, steps)} per UNet pass",
-        ),
+        ("trained steps", f"{steps} of {sample.num_steps} per sample, {passes}"),
         ("epochs", f"{config.num_epochs}: 1 that fills the trackers, then {config.num_epochs - 1} with updates"),
     ]
     width = max(len(name) for name, _ in rows)

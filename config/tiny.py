@@ -18,9 +18,9 @@ def grid() -> ConfigDict:
     """64 samples per epoch of 8 steps, whatever the number of processes."""
     config = base.get_config()
 
-    config.num_epochs = 7
-    config.save_freq = 4
-    config.val_freq = 4
+    config.num_epochs = 16
+    config.save_freq = 8
+    config.val_freq = 8
     config.mixed_precision = "bf16"
     config.tracker = "none"
     config.report = True
@@ -51,7 +51,8 @@ def grid() -> ConfigDict:
     config.train.timestep_weighting = "noise"
     config.train.skip_last_steps = 4  # what the views show of each other is decided in the first half of the chain
     config.train.timesteps_per_forward = 4
-    config.train.kl_per_update = 0.05
+    config.train.kl_per_update = 0.02  # small steps, and many: chance adds less to the same gain
+    config.train.hold_foreground = True
 
     config.recon.checkpoint = "tiny/weights/lrm"
     config.recon.render_size = 64
@@ -75,9 +76,6 @@ def mvdream() -> ConfigDict:
     config.painter.azimuth_start = 315.0  # 225 degrees as the reconstructor counts
     config.pretrained.model = "tiny/weights/mvdream"
     config.pretrained.lora = "tiny/weights/mvdream_defect"
-    config.num_epochs = 9  # it learns more slowly than the grid painter: more than the one defect is wrong with it
-    config.save_freq = 3
-    config.val_freq = 3
     return config
 
 

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from config import base
 from config.batches import (
     derive_batches,
+    gradients_while_painting,
     largest_divisor,
     samples_per_process,
     trainable_steps,
@@ -53,6 +54,7 @@ CHOICES = {
     "painter.name": ("mv_sdxl", "mvdream"),
     "lora.targets": ("attention", "attention+conv"),
     "sample.initial_latents": ("noise", "gaussian_blob"),
+    "train.objective": ("ddpo", "awm"),
     "train.timestep_weighting": ("uniform", "noise"),
     "recon.name": ("tiny_lrm", "lgm", "grm", "openlrm", "instantmesh"),
     "recon.cameras": ("instant3d", "mvdream", "zero123plus"),
@@ -297,16 +299,23 @@ def _check_steps(config: ConfigDict) -> None:
             f"config.train.timestep_fraction {train.timestep_fraction} of {left} steps leaves no step to "
             f"train: set it to {math.ceil(1000 / left) / 1000} or more"
         )
-    if train.timesteps_per_forward > steps:
+    if train.timesteps_per_forward > steps and not gradients_while_painting(config):
         raise UserError(
             f"config.train.timesteps_per_forward is {train.timesteps_per_forward}, but only {steps} steps "
             f"of a sample are trained: set it to {steps} or less"
         )
-    if not train.cfg:
+    if not train.cfg and train.objective == "ddpo":
         raise UserError(
             "config.train.cfg is False, but the update has to score the policy that sampled, with the same guidance: "
             "set it to True (and sample.guidance_scale to 1.0 for a run without guidance)"
         )
+    for key, used in (("objective", train.objective == "awm"), ("hold_foreground", train.hold_foreground)):
+        if used and not gradients_while_painting(config):
+            raise UserError(
+                f"config.train.{key} is {train[key]!r}, which needs the gradients of every sample: set it to "
+                f"{base.get_config().train[key]!r}, or train.gradients_while_painting, use_lora and kl_in_reward to "
+                f"True, train.num_inner_epochs to 1 and train.total_batch_size to sample.total_batch_size"
+            )
     total_updates = (config.num_epochs - 1) * updates_per_epoch(config)
     if train.kl_per_update > 0 and train.kl_calibration_updates > max(total_updates, 1):
         raise UserError(

@@ -21,7 +21,7 @@ SWEPT = {  # the keys that the paper's sweeps change, in words
     "kl_normalized_coeff": "weight of the KL",
 }
 JUDGES = {"silhouettes": "silhouettes ↓", "held_out": "held-out view ↓", "judge": "judge ↓"}
-FURTHER = {**JUDGES, "clip": "CLIP ↑"}  # columns of the table that there may be
+FURTHER = {**JUDGES, "diversity": "diversity ↑", "clip": "CLIP ↑"}  # columns of the table that there may be
 
 
 class Parts:
@@ -81,11 +81,13 @@ class Parts:
         return self.folder / f"model_{model:03d}_sample_{sample:06d}.png"
 
 
-def batches(count: int, size: int) -> list[list[int]]:
-    """0 ... count-1 in batches of at most `size`, about equally large.
+def batches(prompts: int, samples: int, size: int) -> list[list[int]]:
+    """All samples in batches of at most `size`, about equally large, those of a prompt together if they fit.
 
     They do not depend on the number of processes, and so neither does the rounding of the networks."""
-    return [part.tolist() for part in np.array_split(np.arange(count), -(-count // size))]
+    order = np.arange(prompts * samples).reshape(-1, samples if samples <= size else 1)  # rows that stay together
+    parts = np.array_split(order, -(-len(order) // (size // order.shape[1])))
+    return [part.flatten().tolist() for part in parts]
 
 
 def statistics(values: np.ndarray, base: np.ndarray | None = None) -> dict[str, float | None]:

@@ -11,11 +11,13 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 
 from ddpo.bad_samples import is_finite
+from ddpo.matching import matching_gradients
 from ddpo.pictures import to_bytes
 from ddpo.progress import Progress
 from ddpo.steps import draw_reference_steps, draw_trained_steps
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
+from mrc.mrc import resize_views
 from prompts.dataset import PromptDataset
 
 # What random numbers are used for. Every use has a stream of its own, made from the run's seed, so that a resumed run
@@ -72,7 +74,8 @@ def collect_samples(
     keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called before each
     batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
-    None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
+    None = all. backward: take gradients of config.train.objective
+    while painting, `config.train.batch_size` at a time, see `rollout` and `ddpo.matching`.
     """
     trajectories, gradients, results, images = [], [], [], []
     bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}
@@ -88,7 +91,8 @@ def collect_samples(
         start = time.perf_counter()
         if backward:
             weights = draw_trained_steps(policy.scheduler, config, step_generator)
-            learning = {"gradient_weights": weights, "backward": backward}
+            if config.train.objective == "ddpo":
+                learning = {"gradient_weights": weights, "backward": backward}
         trajectory = rollout(
             policy,
             [prompt + suffix for prompt in prompts[batch]],
@@ -101,14 +105,19 @@ def collect_samples(
             reference_steps=draw_reference_steps(config, step_generator),
             **learning,
         )
+        if backward and config.train.objective == "awm":
+            found = matching_gradients(policy, trajectory, weights, generators[batch], config, backward)
+            trajectory = replace(trajectory, gradients=found)
         progress.now("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])
         good = is_finite(trajectory, result.reward)
         bad_views |= {first + i: trajectory.views[i].cpu() for i in (~good).nonzero().flatten().tolist()}
         if first < keep_images:
-            kept = {"views": trajectory.views, "renders": result.renders}
-            kept = {name: value[: keep_images - first] for name, value in kept.items() if value is not None}
+            kept = {"views": trajectory.views}
+            if result.renders is not None:  # of config.recon.render_size
+                kept["renders"] = resize_views(result.renders, trajectory.views.shape[-1])
+            kept = {name: value[: keep_images - first] for name, value in kept.items()}
             images.append({name: to_bytes(value) for name, value in kept.items()})
         if backward:
             gradients.append(trajectory.gradients.cpu())

@@ -141,6 +141,23 @@ def analytic_kl(mean: torch.Tensor, mean_reference: torch.Tensor, std: torch.Ten
     return ((mean - mean_reference) ** 2 / (2 * std**2)).flatten(1).mean(dim=1)
 
 
+def matching_output(
+    scheduler: DDIMScheduler, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor
+) -> torch.Tensor:
+    """What a network that knew everything would say of x_t = sqrt(a_t) clean + sqrt(1 - a_t) noise: (B, ...).
+
+    clean, noise: (B, ...) float32; timestep: (B,). Raises ValueError for an unknown `prediction_type`."""
+    a_t = _alphas(scheduler, timestep, clean.device)[0].view((-1,) + (1,) * (clean.ndim - 1))
+    kind = scheduler.config.prediction_type
+    if kind == "epsilon":
+        return noise
+    if kind == "sample":
+        return clean
+    if kind == "v_prediction":
+        return a_t.sqrt() * noise - (1 - a_t).sqrt() * clean
+    raise _unknown(kind)
+
+
 def ddim_std(scheduler: DDIMScheduler, timestep: torch.Tensor | int, eta: float) -> torch.Tensor:
     """The std of the step at `timestep` (int or tensor of any shape): float32 of that shape, on timestep's device."""
     timestep = torch.as_tensor(timestep)
@@ -191,6 +208,10 @@ def _predict_x0_and_noise(prediction_type, output, x_t, a_t):
         return output, (x_t - signal * output) / noise
     if prediction_type == "v_prediction":
         return signal * x_t - noise * output, signal * output + noise * x_t
-    raise ValueError(
+    raise _unknown(prediction_type)
+
+
+def _unknown(prediction_type):
+    return ValueError(
         f"the scheduler's prediction_type is {prediction_type!r}: it must be 'epsilon', 'sample' or 'v_prediction'"
     )

@@ -1,8 +1,12 @@
 """Judges beside the reward: do the views agree by measures that training did not see?
 
 What a reward counts, training finds ways to raise. These judges share as little as possible with it: the silhouettes
-need no network at all, and a held-out view is compared with an object that was reconstructed without it.
+need no network at all, and a held-out view is compared with an object that was reconstructed without it. Diversity
+judges something else: a painter that has collapsed paints one consistent object again and again.
 """
+
+from collections.abc import Callable, Sequence
+from itertools import combinations
 
 import torch
 import torch.nn.functional as F
@@ -80,3 +84,19 @@ def held_out_distance(judge: MRC, views: torch.Tensor) -> torch.Tensor:
         render, _ = model.render(scene, model.cameras[left_out], size)
         distances.append(view_distances(targets[:, left_out, None], render, judge.lpips, judge.bbox_lpips))
     return torch.cat(distances, 1).mean(1)
+
+
+@torch.no_grad()
+def diversity(views: torch.Tensor, prompts: Sequence[str], lpips: Callable) -> torch.Tensor:
+    """How different the samples of a prompt are: (B,) mean LPIPS of a sample to the others of its prompt, view by view.
+
+    views: (B, V, 3, S, S) in [0, 1]; prompts: B of them; lpips: callable (N, 3, S, S) x 2 -> (N,). NaN for a prompt
+    that has one sample only."""
+    total, count = torch.zeros(len(views), device=views.device), [0] * len(views)
+    for a, b in combinations(range(len(views)), 2):
+        if prompts[a] == prompts[b]:
+            distance = lpips(views[a], views[b]).mean()
+            for one in (a, b):
+                total[one] += distance
+                count[one] += 1
+    return total / total.new_tensor(count)

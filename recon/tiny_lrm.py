@@ -24,6 +24,7 @@ from recon.volume_rendering import (
     Triplane,
     TriplaneDecoder,
     check_one_object,
+    mlp_of_columns,
     occupancy_grid,
     render_occupied,
     render_scenes,
@@ -31,7 +32,7 @@ from recon.volume_rendering import (
 )
 from recon.weights import check_weights, read_json, read_weights
 
-RECONSTRUCT_BATCH = 8  # objects reconstructed at a time, which bounds the memory
+RECONSTRUCT_BATCH = 4  # objects reconstructed at a time, which bounds the memory; more are slower on CPUs
 SAMPLES = 48  # depths per ray inside the object's bounding box
 CPU_POINTS = 4096  # points of an object decoded at a time, so that their activations stay in the processor cache
 GPU_POINTS = 2**18  # and on a GPU, which wants few large pieces of work
@@ -116,33 +117,39 @@ class TinyLRM(Reconstructor):
         """Planes (B, 3, plane_channels, 2 * volume, 2 * volume) of views (B, V, 3, S, S) in [0, 1] on white, taken by
         `cameras`, V or (B, V)."""
         B, V = views.shape[:2]
-        G = self.config["volume"]
-        cameras = cameras.expand(B)
         fine = self.stem((2 * views.flatten(0, 1) - 1).to(self.stem[0].weight.dtype))
         features = fine + F.interpolate(self.deep(fine), scale_factor=2, mode="bilinear")
         # raw colours are features too: without them the planes learn shape at once but colour only very slowly
         features = torch.cat([features.float(), F.avg_pool2d(views.flatten(0, 1), 2) - 0.5], 1)
-
-        centre = (torch.arange(G, device=views.device) + 0.5) / G * 2 - 1
-        z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
-        voxels = torch.stack([x, y, z], -1).reshape(1, -1, 3).expand(B, -1, 3)
-        image_points = project(voxels, cameras)[0].flatten(0, 1) * 2 - 1
-        lifted = F.grid_sample(features, image_points[:, :, None], align_corners=False)
-        lifted = lifted.reshape(B, V, -1, G**3)
+        lifted = self._lift(features.unflatten(0, (B, V)), cameras)
         mean = lifted.mean(1)
-        variance = (lifted - mean[:, None]).square().mean(1)
-        mean, variance = mean.transpose(1, 2), variance.transpose(1, 2)
-        spread = variance.mean(-1, keepdim=True)  # photo-consistency, the cue of space carving
-        volume = self.voxel(torch.cat([mean, variance, spread], -1).to(fine.dtype)).reshape(
-            B, G, G, G, -1
-        )  # z, y, x, channel
+        variance = sum((view - mean).square() for view in lifted.unbind(1)) / V
+        spread = variance.mean(1, keepdim=True)  # photo-consistency, the cue of space carving
+        volume = mlp_of_columns(self.voxel, torch.cat([mean, variance, spread], 1).to(fine.dtype))
+        volume = volume.unflatten(2, [self.config["volume"]] * 3)  # batch, channel, z, y, x
         folded = (
-            volume.permute(0, 4, 1, 2, 3).flatten(1, 2),  # plane (x, y): z joins the channels
-            volume.permute(0, 4, 2, 1, 3).flatten(1, 2),  # plane (x, z): rows are z, y joins the channels
-            volume.permute(0, 4, 3, 2, 1).flatten(1, 2),  # plane (z, y): columns are z, x joins the channels
+            volume.flatten(1, 2),  # plane (x, y): z joins the channels
+            volume.transpose(2, 3).flatten(1, 2),  # plane (x, z): rows are z, y joins the channels
+            volume.transpose(2, 4).flatten(1, 2),  # plane (z, y): columns are z, x joins the channels
         )
         planes = torch.stack([fold(part) for fold, part in zip(self.fold, folded, strict=True)], 1)
         return self.refine(planes.flatten(0, 1)).unflatten(0, (B, 3))
+
+    def _lift(self, features, cameras):
+        """What the views' features (B, V, C, S, S) are where each cell of the volume is seen: (B, V, C, cells)."""
+        G = self.config["volume"]
+        centre = (torch.arange(G, device=features.device) + 0.5) / G * 2 - 1
+        z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
+        cells = torch.stack([x, y, z], -1).reshape(-1, 3)
+        places = (project(cells, cameras)[0] * 2 - 1).expand(*features.shape[:2], -1, -1)
+        lifted = F.grid_sample(features.flatten(0, 1), places.flatten(0, 1)[:, None], align_corners=False)
+        return lifted[:, :, 0].unflatten(0, features.shape[:2])
+
+    def set_dtype(self, dtype: torch.dtype) -> Self:
+        """Set the precision of what makes the planes. Decoder, geometry and rendering stay in float32."""
+        for network in (self.stem, self.deep, self.voxel, self.fold, self.refine):
+            network.to(dtype)
+        return self
 
     def field(self, planes: torch.Tensor) -> RadianceField:
         """The radiance field of planes (B, 3, C, H, W)."""

@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-if sys.argv[1] == "pretend":
+if sys.argv[1:2] == ["pretend"]:
     import tools.pretend_gpu  # noqa: F401, must come before torch
 
 # isort: split

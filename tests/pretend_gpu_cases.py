@@ -26,18 +26,19 @@ from mrc.rewards import ImageResult
 from recon import RECONSTRUCTORS, load_reconstructor
 from tools.pretend_gpu.gpu import GPU, pretend_gpu
 
-STEPS = 2
+# Denoising steps. The loop is the same code for both painters, so that the larger one need not go round twice.
+STEPS = {"carve3d_train": 1, "mvdream_lgm": 2}
 
 
 def short_config(run, precision, folder="unused"):
-    """A run of config/dgx.py in full width but of two steps, two samples at a time, and no files."""
+    """A run of config/dgx.py in full width but of `STEPS`, two samples at a time, and no files."""
     settings = dgx.get_config(run)
     settings.mixed_precision, settings.tracker, settings.logdir = precision, "none", str(folder)
     settings.train.clip_range = 0.1  # of no matter here
     settings.pretrained.model, settings.recon.checkpoint = "someone/painter", "someone/reconstructor"
     settings.pretrained.vae = ""
     settings.recon.remove_background = False
-    settings.sample.num_steps, settings.sample.batch_size, settings.train.batch_size = STEPS, 2, 2
+    settings.sample.num_steps, settings.sample.batch_size, settings.train.batch_size = STEPS[run], 2, 2
     settings.sample.total_batch_size = settings.train.total_batch_size = 4
     settings.per_prompt_stat_tracking.min_count = 2
     settings.train.kl_per_update, settings.train.kl_calibration_updates = 0.05, 1

@@ -209,6 +209,7 @@ def test_per_process_numbers_win_over_totals_as_ddpo_users_expect():
     config = tiny.get_config()
     config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 3
     config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2
+    config.train.hold_foreground = False  # which wants one update per epoch
     validate(config, 2, check_files=False)
     assert (config.sample.total_batch_size, config.train.total_batch_size) == (24, 8)
     assert updates_per_epoch(config) == 3
@@ -288,15 +289,16 @@ def test_batch_contradictions():
 def test_step_contradictions():
     refused("leaves no step", train__skip_last_steps=8, train__timesteps_per_forward=1)
     refused("leaves no step to train: set it to 0.25", train__timestep_fraction=0.1)
-    refused("only 2 steps", train__timestep_fraction=0.5)
+    refused("only 2 steps", train__timestep_fraction=0.5, train__gradients_while_painting=False)
     refused("config.train.cfg is False", train__cfg=False)
     refused(r"sample.eta is 0.0: set it to a value in \(0, 1\]", sample__eta=0.0)
     refused("kl_calibration_updates is 5, more than the 2", num_epochs=3, train__kl_calibration_updates=5)
 
 
 def test_the_advised_fraction_is_enough():
+    """Also for fewer steps than would share a pass of the update: painting takes the gradient of each step apart."""
     config = tiny.get_config()
-    config.train.timestep_fraction, config.train.timesteps_per_forward = 0.25, 1
+    config.train.timestep_fraction = 0.25
     assert trained_steps(validate(config, 1, check_files=False)) == 1
 
 

@@ -203,6 +203,12 @@ def test_log_prob_is_the_mean_of_the_normal_density():
     assert torch.allclose(gaussian_log_prob(x, mean, std), expected, rtol=1e-13, atol=0)
 
 
+def test_an_action_has_no_gradient():
+    action, mean = (torch.zeros(2, 3, requires_grad=True) for _ in range(2))
+    gaussian_log_prob(action + 1, mean, torch.ones(2, 1)).sum().backward()
+    assert action.grad is None and (mean.grad == 1 / 3).all()
+
+
 def test_analytic_kl_is_the_expected_log_ratio():
     torch.manual_seed(0)
     mean, reference = torch.randn(2, 1, 4, 8, 8).expand(2, 2000, 4, 8, 8)

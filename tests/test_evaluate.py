@@ -181,8 +181,15 @@ def test_the_table():
 
 
 def test_what_is_left_and_printed(world, out, models):
-    assert sorted(file.name for file in out.iterdir()) == ["parts", "pictures.png", "results.json", "table.md"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "parts",
+        "pictures.png",
+        "results.json",
+        "table.html",
+        "table.md",
+    ]
     text = (out / "table.md").read_text()
+    assert "diversity ↑" in text.splitlines()[0]  # there are two samples of each prompt
     assert len(text.splitlines()) == 5 and text in out.with_name("log").read_text()
     picture = np.asarray(Image.open(out / "pictures.png"))
     assert picture.std() > 0 and picture.shape[0] > 6 * 96  # three models, painted and re-rendered
@@ -191,8 +198,10 @@ def test_what_is_left_and_printed(world, out, models):
     assert evaluate.run_of(world / "run/lora/epoch_0003") == models[2]["run"]
 
 
-def test_batches_are_of_about_one_size():
-    assert batches(7, 3) == [[0, 1, 2], [3, 4], [5, 6]] and batches(2, 8) == [[0, 1]]
+def test_batches_are_of_about_one_size_and_keep_prompts_together():
+    assert batches(7, 1, 3) == [[0, 1, 2], [3, 4], [5, 6]] and batches(2, 1, 8) == [[0, 1]]
+    assert batches(3, 2, 4) == [[0, 1, 2, 3], [4, 5]] and batches(3, 2, 5) == [[0, 1, 2, 3], [4, 5]]
+    assert batches(2, 3, 2) == [[0, 1], [2, 3], [4, 5]]  # a prompt's samples do not fit
 
 
 # -- killed, resumed, shared -------------------------------------------------------------------------------------------

@@ -26,7 +26,15 @@ from diffusers_patch.instant3d_checkpoint import (
 from diffusers_patch.loading import check_cameras, load_painter
 from diffusers_patch.rollout import rollout
 from recon.cameras import instant3d_cameras
-from tests.tiny_models import GOLDEN, GoldenPainter, golden_policy, letter_tokenizer, make_world, settings
+from tests.tiny_models import (
+    GOLDEN,
+    GoldenPainter,
+    golden_policy,
+    letter_tokenizer,
+    make_world,
+    move_by_an_ulp,
+    settings,
+)
 from tools import convert_instant3d as command
 from tools.rehearsal.checkpoints import VAE
 
@@ -221,11 +229,20 @@ def test_the_painter_and_the_stock_pipeline_agree(folder, offline):
     wanted = stock(PROMPTS[0], num_inference_steps=steps, guidance_scale=guidance, latents=x, output_type="latent")
     policy = load_painter(configured(folder, sample__num_steps=steps), "cpu")
     conditioning, scheduler = policy.encode(PROMPTS[:1]), policy.scheduler
-    for t in scheduler.timesteps:
-        x = scheduler.step(policy.predict(x, t.expand(1), conditioning, guidance), t, x).prev_sample
-    assert largest(x - wanted.images) < 1e-5
+
+    def painted():
+        latents = x
+        for t in scheduler.timesteps:
+            latents = scheduler.step(
+                policy.predict(latents, t.expand(1), conditioning, guidance), t, latents
+            ).prev_sample
+        return latents
+
+    found = painted()
+    move_by_an_ulp(policy.unet, 0)  # how far rounding reaches, which differs between processors
+    assert largest(found - wanted.images) <= 8 * largest(painted() - found) < 2e-3
     images = stock.vae.decode(wanted.images / 0.13025).sample / 2 + 0.5
-    views = policy.decode(x)
+    views = policy.decode(wanted.images)
     assert largest(views[:, 1] - images.clamp(0, 1)[:, :, :32, 32:]) < 1e-5
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ddpo.evaluation import BASE, doubtful
-from mrc.judges import held_out_distance, judge_views, silhouette_disagreement, visual_hull
+from mrc.judges import diversity, held_out_distance, judge_views, silhouette_disagreement, visual_hull
 from mrc.lpips import LPIPS
 from mrc.mrc import MRC
 from recon.cameras import instant3d_cameras, mvdream_cameras, rays
@@ -94,3 +94,15 @@ def test_a_reward_that_rises_alone_is_named():
         "worse": result(0.1, 0.1, 0.1),
     }
     assert doubtful(summary) == {"deceived": ["silhouettes", "held_out"]}
+
+
+def test_diversity_falls_when_a_painter_collapses(views, judge):
+    prompts = ["a", "b", "a", "a"]
+    found = diversity(views, prompts, judge.lpips)
+    assert torch.isnan(found[1]) and (found[[0, 2, 3]] > 0.1).all()
+    pairs = {(a, b): judge.lpips(views[a], views[b]).mean() for a, b in ((0, 2), (0, 3), (2, 3))}
+    torch.testing.assert_close(found[0], (pairs[0, 2] + pairs[0, 3]) / 2)
+    torch.testing.assert_close(found[3], (pairs[0, 3] + pairs[2, 3]) / 2)
+    nearer = torch.lerp(views, views[:1], 0.5)  # every sample half of the first
+    assert (diversity(nearer, prompts, judge.lpips) < found)[[0, 2, 3]].all()
+    assert (diversity(views[:1].expand_as(views), prompts, judge.lpips)[[0, 2, 3]] == 0).all()

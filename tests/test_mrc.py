@@ -7,15 +7,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from config import tiny
 from mrc import LPIPS, MRC, compute_bounding_box, crop_box, make_square_bbox, score_views
 from mrc.bounding_box import background_is_white, object_is_cut
+from mrc.judges import held_out_distance
 from mrc.mrc import crop_pairs, view_boxes
 from mrc.rewards import load_reward
 from mrc.sanity_rewards import jpeg_compressibility, jpeg_incompressibility, tile_views
 from recon import RECONSTRUCTORS
+from recon.cameras import instant3d_cameras
 from tests.tiny_models import SMALL_RECONSTRUCTORS
 from tiny.objects import build, render
 from tools.validate_mrc import fitted_cameras
@@ -164,6 +167,33 @@ def test_jpeg_rewards():
     sizes = jpeg_incompressibility(torch.cat([smooth, noisy]))
     assert sizes.shape == (2,) and 0 < sizes[0] < sizes[1] < 128 * 128 * 3 / 1000
     assert torch.equal(jpeg_compressibility(torch.cat([smooth, noisy])), -sizes)
+
+
+def test_jpeg_rewards_are_sizes_of_files(tmp_path):
+    picture = (GRIDS[0].permute(1, 2, 0) * 255).round().byte().numpy()
+    Image.fromarray(picture).save(tmp_path / "grid.jpg", quality=95)
+    size = (tmp_path / "grid.jpg").stat().st_size
+    assert jpeg_incompressibility(VIEWS[:1]).item() == pytest.approx(size / 1000)
+
+
+def test_the_view_that_is_foretold_is_not_seen():
+    """Every view is gray in its own tone, and the reconstructor renders the mean of those that it was given."""
+
+    class Averaging:
+        input_size, cameras = 32, instant3d_cameras()
+
+        def reconstruct(self, views, cameras):
+            assert len(cameras) == views.shape[1]
+            return views.mean(1, keepdim=True)
+
+        def render(self, scene, cameras, size):
+            return scene, None
+
+    tones = torch.tensor([0.1, 0.2, 0.4, 0.8])
+    views = tones.view(1, 4, 1, 1, 1).expand(2, 4, 3, 32, 32)
+    expected = sum((tones[i] - (tones.sum() - tones[i]) / 3).abs() for i in range(4)) / 4
+    judge = MRC(Averaging(), lambda a, b: (a - b).abs().mean((1, 2, 3)), bbox_lpips=False)
+    assert held_out_distance(judge, views).tolist() == pytest.approx([float(expected)] * 2, rel=1e-5)
 
 
 # -- with real reconstructors ------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Cameras against known points, volume rendering against closed forms, and TinyLRM, the small reconstructor."""
 
+import copy
 import math
 
 import pytest
@@ -131,6 +132,21 @@ def test_skipping_empty_space_changes_nothing_that_is_seen():
     assert (nothing == 1).all() and (none == 0).all()
 
 
+def test_skipped_space_lends_no_colour():
+    """Of an object of one colour every pixel is that colour over white, also where a ray leaves and enters again."""
+    generator = torch.Generator().manual_seed(0)
+    occupied = torch.rand(12, 12, 12, generator=generator) < 0.3
+    paint = torch.tensor([0.9, 0.2, 0.4])
+
+    def fog(points):
+        return 1 + points[..., 0], paint.expand_as(points)
+
+    origins, directions = (x[0] for x in rays(instant3d_cameras()[0], 32))
+    rgb, alpha = render_occupied(fog, occupied, origins, directions, 48)
+    assert 0.1 < alpha.mean() < 0.9
+    assert torch.allclose(rgb, alpha[:, None] * paint + 1 - alpha[:, None], atol=1e-6)
+
+
 def silhouette():
     """Share of the image that a ball of radius 0.6 at distance 2.7 covers at 50 degrees."""
     tangent = 0.6 / math.sqrt(2.7**2 - 0.6**2)
@@ -173,6 +189,17 @@ def test_the_order_of_the_views_does_not_matter(model):
     views, order = torch.rand(1, 4, 3, 64, 64), [2, 0, 3, 1]
     turned = model.reconstruct(views[:, order], model.cameras[order])
     assert torch.allclose(model.reconstruct(views, model.cameras).planes, turned.planes, atol=1e-5)
+
+
+def test_half_precision_ends_at_the_planes(model):
+    """The decoder keeps its float32 weights bit by bit, so that bf16 planes are rendered as float32 ones are."""
+    half = copy.deepcopy(model).set_dtype(torch.bfloat16)
+    assert all(map(torch.equal, half.decoder.parameters(), model.decoder.parameters()))
+    kinds = {parameter.dtype for name, parameter in half.named_parameters() if not name.startswith("decoder.")}
+    assert kinds == {torch.bfloat16}
+    scene = model.reconstruct(torch.rand(1, 4, 3, 64, 64), model.cameras)
+    renders = (m.render(scene, m.cameras, 16)[0] for m in (model, half))
+    assert torch.equal(*renders)
 
 
 def test_saved_and_loaded(model, tmp_path):

@@ -14,10 +14,11 @@ import torch
 import trimesh
 from PIL import Image
 
+import carve3d_train
 from config import tiny
 from config.validate import flatten, resolve
 from ddpo.pictures import save_views, to_bytes
-from ddpo.report import write_report, write_viewer
+from ddpo.report import write_report, write_table, write_viewer
 from ddpo.report.curves import figures
 from ddpo.report.read import read_run
 from ddpo.report.scenes import encode, pyramids, scene_of_views
@@ -275,6 +276,29 @@ def test_the_command(run_folder, tmp_path, capsys):
 
 
 # -- objects -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_page_that_cannot_be_written_does_not_fail_the_run(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    said = []
+    monkeypatch.setattr(carve3d_train, "write_report", fail)
+    log = SimpleNamespace(say=said.append, report=None)
+    run = SimpleNamespace(folder=tmp_path, accelerator=SimpleNamespace(device="cpu"), log=log)
+    carve3d_train.Run.report(run)
+    assert "no space left on device" in said[0] and f"python -m tools.report {tmp_path}" in said[0]
+
+
+def test_a_table_has_a_page(tmp_path):
+    picture = Image.new("RGB", (8, 8), "red")
+    markdown = "| painter | MRC |\n| --- | --- |\n| base | 0.1 |\n| logs/a/final | <0.2 |"
+    report = tmp_path / "logs/a/report.html"
+    file = write_table(tmp_path / "out.html", "A & B", "note", markdown, {"logs/a/final": report}, picture, "red")
+    html = file.read_text()
+    assert "<h1>A &amp; B</h1>" in html and '<th scope="row">base</th><td>0.1</td>' in html
+    assert '<a href="logs/a/report.html">logs/a/final</a></th><td>&lt;0.2</td>' in html
+    assert 'src="data:image/webp' in html and "---" not in html
 
 
 def test_pyramids_are_what_the_cameras_see():

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from config import base
 from config.errors import UserError
 from diffusers_patch import loading
+from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from diffusers_patch.loading import load_painter, weights_variant
 from diffusers_patch.mv_sdxl import split_grid
 from diffusers_patch.policy import DTYPES
@@ -167,6 +168,20 @@ def test_schedulers_without_a_density_are_refused():
     policy.scheduler.register_to_config(steps_offset=0)
     with pytest.raises(ValueError, match="steps_offset = 1"):
         rollout(policy, PROMPTS, 3, 5.0)
+
+
+def test_what_is_scored_is_what_is_kept():
+    """Latents in bfloat16 are rounded before they are scored, or the update would score others."""
+    policy = golden_policy()
+    start = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.no_grad():
+        trajectory = rollout(policy, PROMPTS, 3, 1.0, generator=torch.Generator().manual_seed(1), latents=start)
+        old = trajectory.transitions(torch.arange(3).expand(2, 3))
+        output = policy.predict(old.latents, old.timesteps, old.conditioning, 1.0)
+        args = policy.scheduler, output, old.timesteps, old.latents, 1.0
+        _, again = ddim_step_with_logprob(*args, prev_sample=old.next_latents)
+    assert trajectory.latents.dtype == torch.bfloat16
+    assert (again - old.log_probs).abs().max() < 1e-5  # the unrounded ones are off by a hundred times as much
 
 
 def test_a_trajectory_in_parts():

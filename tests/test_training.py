@@ -95,7 +95,8 @@ def test_a_run_leaves_its_folder_as_promised(whole_run):
     assert images["views"].shape == images["renders"].shape == (4, 3, 4 * LATENT, 4 * LATENT)
     scores = json.loads((validation / "scores.json").read_text())
     assert scores["rewards"] == metrics(whole_run, "validation")[-1]["rewards"] and len(scores["prompts"]) == 3
-    assert np.allclose(-np.mean(scores["lpips"], axis=1), scores["rewards"], atol=1e-6)
+    rewards, means = np.array(scores["rewards"]), -np.mean(scores["lpips"], axis=1)
+    assert np.allclose(means[rewards > -1], rewards[rewards > -1], atol=1e-6)  # -1: of a sample with an empty view
     assert len(json.loads((whole_run / "environment.json").read_text())) > 8
     assert "of 3 validation captions" in (whole_run / "report.html").read_text()
     assert same_files(whole_run / "final", whole_run / "lora/epoch_0003", LORA)
@@ -107,12 +108,15 @@ def test_metrics_say_what_happened(whole_run):
         assert -1 <= line["reward_mean"] < 0 and line["reward_std"] > 0
         assert sum(line["reward_histogram"]["counts"]) == 8
         assert set(line["seconds"]) == {"sampling", "reward", "update"}
-        assert 0 < line["reward/foreground"] <= 1 and line["reward/empty_views"] == 0
+        assert 0.01 < line["reward/foreground"] < 0.1  # blobs on white
     assert first["kl_mean"] == later[0]["kl_mean"] == 0 != later[1]["kl_mean"]  # no update before epoch 1
     for line in metrics(whole_run, "update"):
         assert line["grad_norm"] > 0 and np.isfinite(line["loss"])
         assert "ratio_min" not in line  # the update asked no second time
+    empty = [line["reward/empty_views"] for line in (first, *later)]
+    assert 0 in empty and 0 < max(empty) < 1 / 2  # both kinds are judged and learned from
     for line in metrics(whole_run, "validation"):
+        assert line["rewards"].count(-1.0) == pytest.approx(3 * line["reward/empty_views"])
         assert len(line["rewards"]) == len(line["kls"]) == 3
         assert line["reward_mean"] == pytest.approx(np.mean(line["rewards"]))
 
@@ -151,11 +155,10 @@ MOMENTS = [  # the call in which the process dies, counted from where the run re
     ("ddpo.update.average_gradients", 1),  # update of epoch 1
     ("torch.save", 1),  # saving checkpoint 2, half of it is there
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
-    ("ddpo.update.average_gradients", 2),  # update of epoch 2
-    ("matplotlib.pyplot.close", 1),  # saving what belongs to checkpoint 3, before the checkpoint
+    ("matplotlib.pyplot.close", 2),  # saving what belongs to checkpoint 3, before the checkpoint
     ("ddpo.run_log.ttest_rel", 1),  # the very end
 ]
-RESUMED_FROM = [0, 1, 1, 1, 1, 2, 2, 3]
+RESUMED_FROM = [0, 1, 1, 1, 1, 2, 3]
 
 
 def test_a_run_killed_at_any_moment_ends_like_one_that_was_not(whole_run, world, tmp_path):

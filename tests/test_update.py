@@ -275,6 +275,7 @@ def moved_policy(painter, targets, seed=0):
         policy = golden_policy()
     else:
         policy, data = golden_mvdream()
+        policy.unet.register_to_config(sample_size=16)  # instead of 32: what is compared does not depend on it
         policy._embeddings |= {p: {"prompt_embeds": data["in/context"][4 * i, None]} for i, p in enumerate(PROMPTS)}
         policy.decode = lambda latents: latents
     torch.manual_seed(seed)  # of the LoRA

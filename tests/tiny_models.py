@@ -22,12 +22,14 @@ from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffusers_patch.mv_sdxl import MVSDXL
+from mrc.bounding_box import BACKGROUND
 from recon.cameras import instant3d_cameras
 from recon.grm import GRM
 from recon.instantmesh import InstantMesh
 from recon.lgm import LGM, OPTIONS
 from recon.openlrm import OpenLRM
 from recon.tiny_lrm import TinyLRM
+from recon.volume_rendering import sample_planes
 from tiny.train_painter import assemble, make_tokenizer
 from tools.rehearsal.checkpoints import GRM_PARAMS, INSTANTMESH, LRM, MVDREAM_UNET, TEXT, UNET, VAE
 
@@ -52,15 +54,40 @@ class RandomPainter:
         self.text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**TEXT, **ids, hidden_act="gelu"))
 
 
+def white_vae():
+    """A random VAE that paints blobs on white: of noise a 40th of the pixels is dark, now and then a view is empty."""
+    vae = AutoencoderKL(**VAE)
+    latents = torch.randn(8, 4, 8, 8, generator=torch.Generator().manual_seed(0)) / VAE["scaling_factor"]
+    with torch.no_grad():
+        darkest = vae.decode(latents).sample.amin(1).flatten()
+        vae.decoder.conv_out.bias += 2 * BACKGROUND - 1 - darkest.quantile(1 / 40)
+    return vae
+
+
 def make_world(folder):
     """Write `painter/`, `lrm/`, `train.txt` (4 prompts), `validation.txt` (3) and `test.txt` (1) into `folder`."""
     torch.manual_seed(0)
     tokenizer = make_tokenizer(folder / "tokenizer")
-    assemble(RandomPainter(tokenizer), AutoencoderKL(**VAE), tokenizer).save_pretrained(folder / "painter")
-    TinyLRM(**LRM).save_pretrained(folder / "lrm")
+    assemble(RandomPainter(tokenizer), white_vae(), tokenizer).save_pretrained(folder / "painter")
+    random_lrm().save_pretrained(folder / "lrm")
     for name, prompts in (("train", PROMPTS), ("validation", PROMPTS[:3]), ("test", PROMPTS[:1])):
         (folder / f"{name}.txt").write_text("\n".join(prompts) + "\n")
     return folder
+
+
+@torch.no_grad()
+def random_lrm():
+    """A reconstructor whose scenes are empty but for specks of matter: quick to render, and on white.
+
+    With weights as they are drawn it would fill the box with an even fog."""
+    model = TinyLRM(**LRM)
+    scene = model.reconstruct(torch.rand(1, 4, 3, 64, 64), model.cameras)
+    raw, _ = model.decoder.raw(sample_planes(scene.planes, 2 * torch.rand(1, 1000, 3) - 1))
+    last = model.decoder.net[-1]
+    steepness = 10 / raw.std()  # and matter only where the density is two standard deviations above its mean
+    last.bias[0] = steepness * (last.bias[0] - raw.mean()) - 20
+    last.weight[0] *= steepness
+    return model
 
 
 def make_mvdream(folder):
@@ -76,7 +103,7 @@ def make_mvdream(folder):
     )
     StableDiffusionPipeline(
         unet=UNet2DConditionModel(**MVDREAM_UNET),
-        vae=AutoencoderKL(**VAE),
+        vae=white_vae(),
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer,
         scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),

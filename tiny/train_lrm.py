@@ -4,7 +4,8 @@
 
 Needs the VAE. Writes tiny/weights/lrm. Two thirds of the input views are degraded as a painter would degrade them
 (blurred, or encoded and decoded by the VAE), while the target renders stay clean: otherwise MRC would also measure how
-the reconstructor reacts to blur.
+the reconstructor reacts to blur. Besides single rays, a patch of each object is rendered and compared by LPIPS, as LRM
+does: what MRC leaves on exact views is the loss of sharp edges, which squared errors hardly see.
 """
 
 import torch
@@ -12,15 +13,20 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from diffusers_patch.mv_sdxl import split_grid
+from mrc.lpips import LPIPS
+from mrc.mrc import view_distances
 from mrc.sanity_rewards import tile_views
 from recon.cameras import Cameras, instant3d_cameras, rays
+from recon.reconstructor import Reconstructor
 from recon.tiny_lrm import TinyLRM
 from recon.volume_rendering import render_rays
-from tiny.objects import build, novel_cameras, random_caption, random_objects, render
+from tiny.objects import novel_cameras, random_objects, render
 from tiny.train_vae import VAE_FOLDER, load_vae
 from tiny.training import WEIGHTS, LossFunction, fit, psnr, start_training, training_parser
 
-COARSE, FINE, RAYS = 16, 16, 640  # depths per ray of the two passes, rays per object
+COARSE, FINE, RAYS = 16, 16, 320  # depths per ray of the two passes, single rays per object
+PATCH = 32  # side of the patch of each object that is compared by LPIPS, at twice its size: near that of MRC's crops
+LPIPS_WEIGHT = 0.2
 
 
 def blurred(views: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -60,40 +66,80 @@ def sample_rays(
     return take(origins), take(directions), take(colour), foreground.flatten(1).gather(1, pick)
 
 
-def make_loss(vae: AutoencoderKL | None, batch: int = 6) -> LossFunction:
+def patch_rays(images: torch.Tensor, cameras: Cameras, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
+    """The rays of one PATCH x PATCH window of each object, in a random view, around a random foreground pixel.
+
+    Arguments and results as of `sample_rays`; the rays of a window are in the order of its pixels, row by row."""
+    B, M, _, S, _ = images.shape
+    view = torch.randint(M, (B,), generator=generator)
+    one = torch.arange(B)
+    images, cameras = images[one, view], Cameras(cameras.c2w[one, view], cameras.fxfycxcy[one, view])
+    foreground = (images.amin(1) < 0.97).float()
+    middle = torch.multinomial(foreground.flatten(1) + 1e-6, 1, generator=generator)[:, 0]
+    top, left = ((place - PATCH // 2).clamp(0, S - PATCH) for place in (middle // S, middle % S))
+    window = torch.arange(PATCH)
+    pick = ((top[:, None] + window) * S)[..., None] + (left[:, None] + window)[:, None]
+    pick = pick.flatten(1)
+    origins, directions = rays(cameras, S)
+    colour = images.flatten(2).transpose(1, 2)
+    values = (x.gather(1, pick[..., None].expand(-1, -1, 3)) for x in (origins, directions, colour))
+    return *values, foreground.flatten(1).gather(1, pick)
+
+
+def patch_distance(lpips: LPIPS, patches: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Mean LPIPS of patches and targets (B, PATCH^2, 3) as of `patch_rays`, at twice their size."""
+    pair = torch.cat([patches, targets]).transpose(1, 2).unflatten(2, (PATCH, PATCH))
+    large = F.interpolate(pair, scale_factor=2, mode="bicubic", align_corners=False).clamp(0, 1)
+    return lpips(*large.chunk(2)).mean()
+
+
+def random_scenes(
+    count: int, vae: AutoencoderKL | None, generator: torch.Generator
+) -> tuple[torch.Tensor, Cameras, torch.Tensor]:
+    """New random objects as a reconstructor is trained on them.
+
+    Returns exact images (count, 8, 3, 64, 64) in [0, 1] of four fixed and four random cameras, these cameras (count,
+    8), and the four fixed views (count, 4, 3, 64, 64) as a painter might paint them: one third exact, one blurred, one
+    encoded and decoded by the VAE (None = exact too)."""
+    fixed, novel = instant3d_cameras().expand(count), novel_cameras(count, 4, generator)
+    cameras = Cameras(torch.cat([fixed.c2w, novel.c2w], 1), torch.cat([fixed.fxfycxcy, novel.fxfycxcy], 1))
+    images = render(random_objects(count, generator), cameras)[0]
+    views = images[:, :4].clone()
+    kind = torch.randint(3, (count,), generator=generator)
+    views[kind == 1] = blurred(views[kind == 1], generator)
+    if vae is not None and (kind == 2).any():
+        views[kind == 2] = through_vae(vae, views[kind == 2])
+    return images, cameras, views
+
+
+def make_loss(vae: AutoencoderKL | None, batch: int = 4) -> LossFunction:
     """The loss for `fit`; vae: None trains without its reconstructions; batch: objects per step."""
-    fixed = instant3d_cameras()
+    fixed, lpips = instant3d_cameras(), LPIPS()
 
     def loss_fn(model, _step, generator):
-        captions = [random_caption(generator) for _ in range(batch)]
-        novel = novel_cameras(batch, 4, generator)
-        cameras = Cameras(
-            torch.cat([fixed.expand(batch).c2w, novel.c2w], 1),
-            torch.cat([fixed.expand(batch).fxfycxcy, novel.fxfycxcy], 1),
-        )
-        images = render(build(captions, generator), cameras)[0]
-        views = images[:, :4].clone()
-        part = batch // 3
-        views[:part] = blurred(views[:part], generator)
-        if vae is not None:
-            views[part : 2 * part] = through_vae(vae, views[part : 2 * part])
-        origins, directions, colour, foreground = sample_rays(images, cameras, RAYS, generator)
-        jitter = torch.rand(batch, RAYS, COARSE, generator=generator)
-        u = (torch.arange(FINE) + torch.rand(batch, RAYS, FINE, generator=generator)) / FINE
+        images, cameras, views = random_scenes(batch, vae, generator)
+        single, window = sample_rays(images, cameras, RAYS, generator), patch_rays(images, cameras, generator)
+        origins, directions, colour, foreground = (torch.cat(pair, 1) for pair in zip(single, window, strict=True))
+        count = colour.shape[1]
+        jitter = torch.rand(batch, count, COARSE, generator=generator)
+        u = (torch.arange(FINE) + torch.rand(batch, count, FINE, generator=generator)) / FINE
         planes = model.planes(views, fixed).float()
         rgb, alpha = render_rays(
             model.field(planes), origins, directions, COARSE, FINE, jitter, u.clamp(1e-4, 1 - 1e-4)
         )
         mse = (rgb - colour).square().mean()
         mask = (alpha - foreground).square().mean()  # tells a white surface from empty space
-        return mse + 0.1 * mask, {"psnr_rays": float(-10 * torch.log10(mse.detach()))}
+        distance = patch_distance(lpips, rgb[:, RAYS:], colour[:, RAYS:])
+        metrics = {"psnr_rays": float(-10 * torch.log10(mse.detach())), "lpips": float(distance.detach())}
+        return mse + 0.1 * mask + LPIPS_WEIGHT * distance, metrics
 
     return loss_fn
 
 
 @torch.no_grad()
-def evaluate(model: TinyLRM, count: int = 32) -> dict[str, float]:
-    """PSNR in dB of `count` held-out objects, at the four input views and at four novel views of each."""
+def evaluate(model: Reconstructor, count: int = 32) -> dict[str, float]:
+    """Of `count` held-out objects the PSNR in dB, at the four input views and at four novel views of each, and the MRC
+    of the input views."""
     generator = torch.Generator().manual_seed(10_000)  # not the seed of the training
     objects = random_objects(count, generator)
     fixed, novel = instant3d_cameras(), novel_cameras(count, 4, generator)
@@ -103,9 +149,11 @@ def evaluate(model: TinyLRM, count: int = 32) -> dict[str, float]:
         scene = model.reconstruct(views[n : n + 8], fixed)
         result["input"].append(model.render(scene, fixed, 64)[0])
         result["novel"].append(model.render(scene, Cameras(novel.c2w[n : n + 8], novel.fxfycxcy[n : n + 8]), 64)[0])
+    renders = torch.cat(result["input"])
     return {
-        "input_psnr": psnr(torch.cat(result["input"]), views),
+        "input_psnr": psnr(renders, views),
         "novel_psnr": psnr(torch.cat(result["novel"]), others),
+        "mrc": float(view_distances(views, renders, LPIPS()).mean()),
     }
 
 
@@ -114,9 +162,14 @@ def main() -> None:
     parser.add_argument(
         "--vae", default=str(VAE_FOLDER), help="folder of the VAE; '' trains without its reconstructions"
     )
+    parser.add_argument("--lr", type=float, default=2e-3, help="largest step size (default: %(default)s)")
+    parser.add_argument(
+        "--start", help="folder of a TinyLRM to go on from, such as tiny/weights/lrm (default: nothing)"
+    )
     args = start_training(parser, "lrm")
     vae = load_vae(args.vae).eval().requires_grad_(False) if args.vae else None
-    model = fit(args.folder, TinyLRM(), make_loss(vae), args.steps, lr=2e-3, ema_decay=0.995)
+    model = TinyLRM.from_pretrained(args.start).train() if args.start else TinyLRM()
+    model = fit(args.folder, model, make_loss(vae), args.steps, lr=args.lr, ema_decay=0.995)
     print(evaluate(model))
     model.save_pretrained(WEIGHTS / "lrm")
 

@@ -20,6 +20,7 @@ On several machines --out must be a folder that all of them see. An evaluation t
 again, on any number of processes, and ends with the same numbers. In --out there are afterwards
     results.json   every number, and what it depends on; python -m tools.plot_sweep draws several of these files
     table.md       the table that is printed
+    table.html     the same with the pictures, and with links to the reports of the LoRAs' runs
     pictures.png   the first sample of the first prompts, painted over re-rendered
     parts/         each sample's numbers as the processes wrote them, from which a killed evaluation resumes
 
@@ -30,7 +31,10 @@ errors over prompts:
     KL           to the base painter, as config.kl_estimator estimates it: nats per dimension, mean over trained steps
     foreground   relative change of the share of the views that the object covers
     empty        share of the samples with an empty view
-    judge, CLIP  MRC by --judge, and cosine between caption and views by --clip; behind it the difference to the base
+    silhouettes, held-out view    see mrc/judges.py; with MRC they are asked of every painter
+    judge, CLIP  MRC by --judge, and cosine between caption and views by --clip
+    diversity    mean LPIPS between the samples of a prompt, if it has several that fit into config.sample.batch_size
+behind each of these the difference to the base
 """
 
 import copy
@@ -42,6 +46,7 @@ from pathlib import Path
 import torch
 from absl import flags
 from ml_collections import ConfigDict
+from PIL import Image
 
 from config import cli
 from config.errors import UserError
@@ -50,6 +55,7 @@ from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, summarise, ta
 from ddpo.files import whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.progress import Progress
+from ddpo.report import write_table
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import start_accelerator
@@ -58,6 +64,8 @@ from diffusers_patch.checks import KINDS, LORA_FILE, check_cameras, painter_came
 from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
+from mrc.judges import diversity
+from mrc.mrc import resize_views
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 from recon import reconstructor_cameras
@@ -105,6 +113,12 @@ def run_of(folder: str | Path) -> dict[str, float] | None:
     return None
 
 
+def report_of(folder: str | Path) -> Path | None:
+    """The report of the run that wrote a LoRA, `folder` being its final/ or lora/epoch_XXXX/; None if there is none."""
+    reports = [parent / "report.html" for parent in list(Path(folder).resolve().parents)[:2]]
+    return next((report for report in reports if report.exists()), None)
+
+
 def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -> ConfigDict | None:
     """`config` with the reconstructor of --judge; None without one.
 
@@ -132,8 +146,12 @@ def relevant_keys(config: ConfigDict) -> dict[str, object]:
     return {f"config.{key}": value for key, value in keys.items() if key in KEYS or key.startswith(SECTIONS)}
 
 
-def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None, device: torch.device) -> Callable:
-    """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S))."""
+def load_measure(
+    config: ConfigDict, judge: ConfigDict | None, clip: str | None, several: bool, device: torch.device
+) -> Callable:
+    """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S)).
+
+    several: every caption comes several times, so that there is a diversity."""
     similarity = _load("--clip", CLIPSimilarity, clip, device) if clip else None
     second = _load("--judge", load_reward, judge, device) if judge else None
     first = load_reward(config, device)
@@ -144,9 +162,11 @@ def load_measure(config: ConfigDict, judge: ConfigDict | None, clip: str | None,
         values = {"mrc": -result.reward, "foreground": foreground, "empty": empty, **result.judges}
         if second:
             values["judge"] = -second(views, captions).reward
+        if several:
+            values["diversity"] = diversity(views, captions, first.judge.lpips)
         if similarity:
             values["clip"] = similarity(views, captions)
-        return values, result.renders
+        return values, resize_views(result.renders, views.shape[-1])
 
     return measure
 
@@ -186,7 +206,8 @@ class Evaluation:
         self.shown = {p * samples: p for p in range(min(args.pictures, len(self.prompts)))}  # sample -> prompt
 
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
-        self.measure = load_measure(config, judge, args.clip, device)
+        several = 1 < samples <= config.sample.batch_size
+        self.measure = load_measure(config, judge, args.clip, several, device)
         self.policy = load_painter(config, device)
         self.policy.add_lora(config.lora.rank, config.lora.targets)
         for folder in args.lora:
@@ -218,7 +239,7 @@ class Evaluation:
             pictures = [self.picture(model, i) for i in batch if i in self.shown]
             return all((model, i) in rows for i in batch) and all(file.exists() for file in pictures)
 
-        together = batches(len(self.prompts) * self.samples, self.config.sample.batch_size)
+        together = batches(len(self.prompts), self.samples, self.config.sample.batch_size)
         return [(model, batch) for model in self.models for batch in together if not complete(model, batch)]
 
     def switch_to(self, model: str) -> None:
@@ -262,17 +283,17 @@ class Evaluation:
         results = {"settings": self.parts.settings, "models": summary}
         write_whole(self.out / "results.json", json.dumps(results, indent=1))
         write_whole(self.out / "table.md", table(summary))
-        if self.shown:
-            self.draw(summary)
-        print(
-            f"{table(summary)}\n\n{len(self.prompts)} prompts x {self.samples} samples, mean ± standard error over "
-            f"prompts\nwrote {self.out / 'results.json'}"
-        )
+        picture = self.draw(summary) if self.shown else None
+        about = f"{len(self.prompts)} prompts x {self.samples} samples, mean ± standard error over prompts"
+        reports = {folder: report for folder in self.models if (report := report_of(folder))}
+        alt = "Samples by every painter, painted over re-rendered"
+        write_table(self.out / "table.html", "Evaluation", about, table(summary), reports, picture, alt)
+        print(f"{table(summary)}\n\n{about}\nwrote {self.out / 'results.json'} and {self.out / 'table.html'}")
         for model, judges in doubtful(summary).items():
             print(f"warning: {model} has a better MRC than the base model, but not by {' and '.join(judges)}")
 
-    def draw(self, summary: dict[str, dict]) -> None:
-        """pictures.png: of the shown prompts the first sample by every model, painted over re-rendered."""
+    def draw(self, summary: dict[str, dict]) -> Image.Image:
+        """pictures.png, also returned: the shown prompts' first samples by every model, painted over re-rendered."""
         rows = {}
         for model in summary:
             images = [load_views(self.picture(model, i)) for i in self.shown]
@@ -280,8 +301,10 @@ class Evaluation:
                 rows[f"{model}, {label}"] = torch.stack([image[name] for image in images]) / 255
         mrc = [[result["samples"]["mrc"][p][0] for result in summary.values()] for p in self.shown.values()]
         notes = ["MRC " + ", ".join(f"{value:.3f}" for value in values) for values in mrc]
+        picture = sample_picture(rows, notes, self.prompts)
         with whole(self.out / "pictures.png") as partial:
-            sample_picture(rows, notes, self.prompts).save(partial)
+            picture.save(partial)
+        return picture
 
 
 def define_flags() -> None:

@@ -9,6 +9,7 @@ Exact views of objects of the small world, at the reconstructor's cameras, and t
 about the object's vertical axis, in other hues, blurred, or of another object. In --out there are afterwards
     validate.json   MRC of every object for every distortion
     validate.png    mean MRC against the strength of the distortion, with standard errors
+    validate.html   a page with both
 """
 
 import json
@@ -23,11 +24,13 @@ import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from absl import flags
+from PIL import Image
 from scipy.stats import sem
 
 from config import cli
 from config.validate import check_folder, validate_judge
 from ddpo.progress import Progress
+from ddpo.report import write_table
 from mrc import MRC
 from mrc.rewards import load_mrc
 from recon.cameras import Cameras
@@ -178,7 +181,10 @@ def main(args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "validate.json").write_text(json.dumps(results, indent=1) + "\n")
     draw(results, out / "validate.png")
-    print(f"{table(results)}\n\nwrote {out / 'validate.json'} and {out / 'validate.png'}")
+    chart, alt = Image.open(out / "validate.png"), "MRC against the strength of every distortion"
+    about = f"{args.objects} objects, {config.recon.name}: mean LPIPS of given and re-rendered views ± standard error"
+    write_table(out / "validate.html", "MRC against distortions of one view", about, table(results), {}, chart, alt)
+    print(f"{table(results)}\n\nwrote {', '.join(str(file) for file in sorted(out.glob('validate.*')))}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,6 @@ make numbers, sentences and drawings of it, and `scenes` lets the run's reconstr
 again. Out comes page/report.html.jinja filled with all this, and with the viewer that the objects need.
 """
 
-from ddpo.report.page import write_report, write_viewer
+from ddpo.report.page import write_report, write_table, write_viewer
 
-__all__ = ["write_report", "write_viewer"]
+__all__ = ["write_report", "write_table", "write_viewer"]

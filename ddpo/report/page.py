@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -120,6 +121,31 @@ def write_viewer(file: str | Path, title: str, note: str, scene: Scene, cameras:
         **_parts({scene.kind} if scene.data else set()),
     )
     return _write(html, Path(file))
+
+
+def write_table(
+    file: str | Path,
+    title: str,
+    note: str,
+    table: str,
+    links: dict[str, str | Path] | None = None,
+    picture: Image.Image | None = None,
+    alt: str = "",
+) -> Path:
+    """Write a page that shows one table. table: Markdown; note: words beneath the title; links: {first cell of a row:
+    the page that it leads to}, named from the page's folder; picture: shown beneath the table, alt: what it shows."""
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if not line.startswith("| ---")]
+    file = Path(file)
+    html = _template("table.html.jinja").render(
+        title=title,
+        note=note,
+        rows=[[cell.strip() for cell in row] for row in rows],
+        links={name: os.path.relpath(page, file.parent) for name, page in (links or {}).items()},
+        picture=picture and data_url(picture),
+        alt=alt,
+        css=Markup((HERE / "page" / "report.css").read_text()),
+    )
+    return _write(html, file)
 
 
 def gallery(run: Run, others: Sequence[Run]) -> list[Card]:
