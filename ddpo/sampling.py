@@ -74,8 +74,8 @@ def collect_samples(
     keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called before each
     batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
-    None = all. backward: take gradients of config.train.objective
-    while painting, `config.train.batch_size` at a time, see `rollout` and `ddpo.matching`.
+    None = all. backward: take gradients of config.train.objective while painting, `config.train.batch_size` at a
+    time, see `rollout` and `ddpo.matching`.
     """
     trajectories, gradients, results, images = [], [], [], []
     bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}

@@ -164,7 +164,7 @@ def main() -> None:
     )
     parser.add_argument("--lr", type=float, default=2e-3, help="largest step size (default: %(default)s)")
     parser.add_argument(
-        "--start", help="folder of a TinyLRM to go on from, such as tiny/weights/lrm (default: nothing)"
+        "--start", help="folder of a TinyLRM to start from, such as tiny/weights/lrm (default: nothing)"
     )
     args = start_training(parser, "lrm")
     vae = load_vae(args.vae).eval().requires_grad_(False) if args.vae else None

@@ -104,7 +104,7 @@ def read_loras(folders: Sequence[str]) -> dict[str, dict]:
 
 def run_of(folder: str | Path) -> dict[str, float] | None:
     """The SWEPT keys of the run that wrote a LoRA, `folder` being its final/ or lora/epoch_XXXX/; None if not found."""
-    for parent in list(Path(folder).resolve().parents)[:2]:
+    for parent in _run_folders(folder):
         try:
             keys = flatten(ConfigDict(json.loads((parent / "config.json").read_text())))
             return {key: keys[key] for key in SWEPT}
@@ -115,8 +115,13 @@ def run_of(folder: str | Path) -> dict[str, float] | None:
 
 def report_of(folder: str | Path) -> Path | None:
     """The report of the run that wrote a LoRA, `folder` being its final/ or lora/epoch_XXXX/; None if there is none."""
-    reports = [parent / "report.html" for parent in list(Path(folder).resolve().parents)[:2]]
+    reports = [parent / "report.html" for parent in _run_folders(folder)]
     return next((report for report in reports if report.exists()), None)
+
+
+def _run_folders(folder):
+    """Where the run may be that wrote a LoRA: above its final/, or above the lora/ of its lora/epoch_XXXX/."""
+    return list(Path(folder).resolve().parents)[:2]
 
 
 def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -> ConfigDict | None:

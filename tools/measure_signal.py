@@ -26,6 +26,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from absl import flags
 from ml_collections import ConfigDict
@@ -34,6 +35,7 @@ from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
 from config.validate import check_folder, validate
+from ddpo.advantages import relative_area
 from ddpo.files import write_whole
 from ddpo.matching import matching_gradients
 from ddpo.progress import Progress
@@ -89,22 +91,25 @@ def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: tor
         prompts = [captions[c] for c, _ in part]
         generators = [make_generator(0, EVALUATION, c, s) for c, s in part]
         texts = [prompt + sample.prompt_suffix for prompt in prompts]
-        with torch.no_grad():
-            trajectory = rollout(policy, texts, sample.num_steps, sample.guidance_scale, sample.eta, generators)
+        steps = sample.num_steps, sample.guidance_scale, sample.eta
+        trajectory = rollout(policy, texts, *steps, generators, gradient_weights=learned)
         result = getattr(reward_fn, "judged", reward_fn)(trajectory.views, prompts)
         columns = {
             "caption": torch.tensor([c for c, _ in part]),
             "reward": result.reward,
-            "area": result.foreground.median(1).values,
+            "foreground": result.foreground,
             **{name: -value for name, value in result.judges.items()},
             "path": path_gradients(policy, trajectory, every, config),
-            "ddpo": path_gradients(policy, trajectory, learned, config),
+            "ddpo": trajectory.gradients,
             "awm guided": matching_gradients(policy, trajectory, learned, generators, guided, torch.Tensor.backward),
             "awm": matching_gradients(policy, trajectory, learned, generators, alone, torch.Tensor.backward),
         }
         for name, value in columns.items():
             found.setdefault(name, []).append(value.detach().cpu())
-    return {name: torch.cat(values) for name, values in found.items()}
+    found = {name: torch.cat(values) for name, values in found.items()}
+    every_one = np.ones(len(found["caption"]), bool)
+    area = relative_area(found.pop("foreground").numpy(), found["caption"].numpy(), every_one)
+    return {"caption": found.pop("caption"), "reward": found.pop("reward"), "area": area, **found}
 
 
 def within(values: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:

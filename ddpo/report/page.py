@@ -143,7 +143,7 @@ def write_table(
         links={name: os.path.relpath(page, file.parent) for name, page in (links or {}).items()},
         picture=picture and data_url(picture),
         alt=alt,
-        css=Markup((HERE / "page" / "report.css").read_text()),
+        css=_page_file("report.css"),
     )
     return _write(html, file)
 
@@ -247,12 +247,16 @@ def _template(name):
     return environment.get_template(name)
 
 
+def _page_file(name):
+    return Markup((HERE / "page" / name).read_text())
+
+
 def _parts(kinds):
     """Style, scripts, and the viewers for these kinds of scenes."""
     return {
-        "css": Markup((HERE / "page" / "report.css").read_text()),
-        "js": Markup((HERE / "page" / "report.js").read_text()),
-        "viewer_js": Markup((HERE / "page" / "viewer.js").read_text()),
+        "css": _page_file("report.css"),
+        "js": _page_file("report.js"),
+        "viewer_js": _page_file("viewer.js"),
         "viewers": {kind: (HERE / "vendor" / VIEWERS[kind]).read_bytes() for kind in sorted(kinds)},
         "licences": {
             kind: (HERE / "vendor" / VIEWERS[kind]).with_name(VIEWERS[kind].split(".")[0] + ".LICENSE").read_text()
