@@ -105,6 +105,8 @@ def train_until(values, target, call, happens, environment=None):
         return function(*args, **kwargs)
 
     setattr(module, name, eventful)
+    # as at a terminal: what a script starts in its background inherits that SIGINT is ignored, and a run keeps to that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     train(values, environment)
 
 
