@@ -216,7 +216,9 @@ class RunLog:
         """Draw curves.png from all metrics so far."""
         if not self.accelerator.is_main_process or not self.lines:
             return
-        figure, axes = plt.subplots(2, 3, figsize=(13, 6), constrained_layout=True)
+        figure, axes = plt.subplots(2, 3, figsize=(13, 6))
+        # as a constrained layout would place them, which draws everything twice
+        figure.subplots_adjust(left=0.05, right=0.99, bottom=0.08, top=0.95, wspace=0.2, hspace=0.35)
         for axis, (title, (kind, key)) in zip(axes.flat, CURVES.items(), strict=True):
             lines = [line for line in self.lines if line["kind"] == kind and line.get(key) is not None]
             axis.set_title(title, fontsize=10)

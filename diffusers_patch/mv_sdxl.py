@@ -3,7 +3,7 @@
 import torch
 
 from diffusers_patch.gaussian_blob import blob_latent, fused_start
-from diffusers_patch.policy import MultiViewPolicy
+from diffusers_patch.policy import MultiViewPolicy, weights_dtype
 
 
 class MVSDXL(MultiViewPolicy):
@@ -56,10 +56,11 @@ class MVSDXL(MultiViewPolicy):
         return {name: torch.zeros_like(value) for name, value in conditioning.items()}
 
     def _unet(self, unet, latents, timesteps, conditioning):
-        time_ids = self.time_ids.to(latents.device, unet.dtype).expand(len(latents), 6)
-        added = {"text_embeds": conditioning["pooled"].to(unet.dtype), "time_ids": time_ids}
-        embeds = conditioning["prompt_embeds"].to(unet.dtype)
-        return unet(latents.to(unet.dtype), timesteps, embeds, added_cond_kwargs=added).sample
+        dtype = weights_dtype(unet)
+        time_ids = self.time_ids.to(latents.device, dtype).expand(len(latents), 6)
+        added = {"text_embeds": conditioning["pooled"].to(dtype), "time_ids": time_ids}
+        embeds = conditioning["prompt_embeds"].to(dtype)
+        return unet(latents.to(dtype), timesteps, embeds, added_cond_kwargs=added).sample
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> torch.Tensor:

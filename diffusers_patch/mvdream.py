@@ -11,7 +11,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from diffusers_patch.policy import MultiViewPolicy
+from diffusers_patch.policy import MultiViewPolicy, weights_dtype
 from recon.weights import check_weights
 
 VIEWS = 4
@@ -174,11 +174,11 @@ class MVDream(MultiViewPolicy):
         return {"prompt_embeds": negative.expand_as(conditioning["prompt_embeds"])}
 
     def _unet(self, unet, latents, timesteps, conditioning):
-        B = len(latents)
-        vectors = self.camera_vectors.to(latents.device, unet.dtype).repeat(B, 1)
-        embeds = conditioning["prompt_embeds"].to(unet.dtype).repeat_interleave(VIEWS, 0)
+        B, dtype = len(latents), weights_dtype(unet)
+        vectors = self.camera_vectors.to(latents.device, dtype).repeat(B, 1)
+        embeds = conditioning["prompt_embeds"].to(dtype).repeat_interleave(VIEWS, 0)
         output = unet(
-            latents.flatten(0, 1).to(unet.dtype), timesteps.repeat_interleave(VIEWS), embeds, class_labels=vectors
+            latents.flatten(0, 1).to(dtype), timesteps.repeat_interleave(VIEWS), embeds, class_labels=vectors
         ).sample
         return output.unflatten(0, (B, VIEWS))
 

@@ -45,6 +45,11 @@ LORA_TARGETS = {
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def weights_dtype(network: torch.nn.Module) -> torch.dtype:
+    """The type of a network's first weights. The `dtype` of diffusers' models walks through all layers, each time."""
+    return next(network.parameters()).dtype
+
+
 class MultiViewPolicy:
     """A multi-view diffusion model whose denoising steps are actions.
 
@@ -69,7 +74,7 @@ class MultiViewPolicy:
 
     @property
     def device(self):
-        return self.unet.device
+        return next(self.unet.parameters()).device
 
     def to(self, device: torch.device | str, mixed_precision: str = "no") -> "MultiViewPolicy":
         """Move everything to `device`; the frozen weights take the type of `mixed_precision` ("no", "fp16", "bf16").
