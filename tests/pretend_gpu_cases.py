@@ -20,22 +20,35 @@ from ddpo.calibration import StepCalibration
 from ddpo.sampling import NOISE, collect_samples, make_generator
 from ddpo.setup import make_optimizer, start_accelerator
 from ddpo.update import update, update_from_gradients
+from diffusers_patch.instant3d_checkpoint import CONFIGS as SDXL
 from diffusers_patch.loading import load_painter, make_trainable
+from diffusers_patch.mvdream import UNET_CONFIG
 from mrc import LPIPS, MRC
 from mrc.rewards import ImageResult
 from recon import RECONSTRUCTORS, load_reconstructor
 from tools.pretend_gpu.gpu import GPU, pretend_gpu
 
+# A painter of full width with one layer of a kind, which meets every line of the code that all its layers meet.
+ONE_LAYER = {"layers_per_block": 1, "transformer_layers_per_block": 1}
+UNETS = {"carve3d_train": SDXL["unet"], "mvdream_lgm": UNET_CONFIG}
+
 # Denoising steps. The loop is the same code for both painters, so that the larger one need not go round twice.
 STEPS = {"carve3d_train": 1, "mvdream_lgm": 2}
 
 
-def short_config(run, precision, folder="unused"):
-    """A run of config/dgx.py in full width but of `STEPS`, two samples at a time, and no files."""
+def short_config(run, precision, folder, deep=False):
+    """A run of config/dgx.py in full width but of `STEPS`, two samples at a time, and no files but in `folder`.
+
+    deep: the painter has all its layers, not `ONE_LAYER`."""
     settings = dgx.get_config(run)
     settings.mixed_precision, settings.tracker, settings.logdir = precision, "none", str(folder)
     settings.train.clip_range = 0.1  # of no matter here
     settings.pretrained.model, settings.recon.checkpoint = "someone/painter", "someone/reconstructor"
+    if not deep:
+        unet = Path(folder) / "painter/unet"
+        unet.mkdir(parents=True)
+        (unet / "config.json").write_text(json.dumps({**UNETS[run], **ONE_LAYER}))
+        settings.pretrained.model = str(unet.parent)
     settings.pretrained.vae = ""
     settings.recon.remove_background = False
     settings.sample.num_steps, settings.sample.batch_size, settings.train.batch_size = STEPS[run], 2, 2
@@ -66,12 +79,12 @@ class Loops:
         return sorted({f"{wait.kind} at {wait.place}" for wait in found})
 
 
-def painter(run, precision, checkpointing=False):
-    """Encode, rollout with reference, decode, calibration and update of a full-size painter.
+def painter(run, precision, folder, checkpointing=False, deep=False):
+    """Encode, rollout with reference, decode, calibration and update of a painter of full width; deep: of full size.
 
     Without checkpointing the gradients are taken while painting."""
     with pretend_gpu() as gpu:
-        settings = short_config(run, precision)
+        settings = short_config(run, precision, folder, deep)
         settings.train.gradient_checkpointing = bool(checkpointing)
         accelerator = start_accelerator(settings)
         policy = load_painter(settings, GPU)
@@ -164,7 +177,7 @@ def trainer(run, precision, folder):
         return {"problems": list(gpu.watch.problems), "kinds": kinds, "pictures": pictures}
 
 
-def faults():
+def faults(folder):
     """Faults that the pretend GPU must notice: {fault: the exception, the problems and the waits that it caused}."""
     found = {}
     with pretend_gpu() as gpu:
@@ -199,7 +212,7 @@ def faults():
         attempt("a scalar read", lambda: float(on_gpu.sum()))
         attempt("a boolean mask", lambda: on_gpu[on_gpu > 0.5])
         attempt("a new tensor in the loop", lambda: torch.tensor([1.0], device=GPU) + on_gpu[:1])
-        policy = load_painter(short_config("mvdream_lgm", "fp16"), GPU)
+        policy = load_painter(short_config("mvdream_lgm", "fp16", folder), GPU)
         conditioning = policy.encode(["a cup"])
         latents, t = policy.initial_latents(1), torch.ones(1, device=GPU, dtype=torch.long)
         with torch.no_grad():

@@ -9,6 +9,7 @@ from mrc.judges import diversity, held_out_distance, judge_views, silhouette_dis
 from mrc.lpips import LPIPS
 from mrc.mrc import MRC
 from recon.cameras import instant3d_cameras, mvdream_cameras, rays
+from recon.grm import GRM
 from recon.tiny_lrm import TinyLRM
 from tiny.objects import build, fixed_views, random_caption
 from tiny.training import WEIGHTS
@@ -74,6 +75,15 @@ def test_a_held_out_view_is_foretold_by_the_others_if_they_show_one_object(views
     assert exact.mean() < 0.1
     for distorted in (shrink(views), recolour(views), shift(views, 8)):
         assert held_out_distance(judge, distorted).mean() > 2 * exact.mean()
+
+
+def test_the_second_reconstructor_sees_what_contradicts(views):
+    """It blurs, so exact views are far from its renders, but of every object every distorted copy is farther."""
+    second = MRC(GRM.from_pretrained(WEIGHTS / "grm"), LPIPS(), render_size=64)
+    exact = -second(views).reward
+    assert exact.mean() < 0.18
+    for distorted in (shrink(views), recolour(views), shift(views, 8), views[:, [1, 0, 2, 3]]):
+        assert (-second(distorted).reward > exact).all()
 
 
 def test_all_judges_that_apply(views, judge, monkeypatch):
