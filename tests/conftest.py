@@ -24,15 +24,9 @@ def missing():
     return reasons
 
 
-MADE_ONCE = {"rehearsed", "out", "mvdream_run"}  # fixtures that take long: the tests that want one run in one process
-
-
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     reasons = missing()
     for item in items:
-        for fixture in MADE_ONCE.intersection(item.fixturenames):
-            item.add_marker(pytest.mark.xdist_group(fixture))
         for marker in item.iter_markers():
             if marker.name in reasons:
                 item.add_marker(pytest.mark.skip(reason=reasons[marker.name]))
