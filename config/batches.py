@@ -78,7 +78,9 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
     if updates == 1:
         policy = "purely on-policy (one update on each epoch's own samples)"
         if gradients_while_painting(config):
-            policy, passes = f"{policy}, its gradients taken while painting", "in the passes that paint them"
+            matching = train.objective == "awm"  # noises the finished pictures anew
+            policy += f", its gradients taken {'after' if matching else 'while'} painting"
+            passes = "in passes of their own" if matching else "in the passes that paint them"
     else:
         policy = f"off-policy after the first of {updates} updates on the same samples"
     rows = [

@@ -226,6 +226,13 @@ def test_batch_table_tells_on_policy_from_off_policy():
     assert "off-policy" in table and "768 = 8 at a time x 12 batches x 8 processes" in table
 
 
+def test_batch_table_tells_when_gradients_are_taken():
+    config = dgx.carve3d_train()
+    assert "taken while painting" in batch_table(config, 8) and "in the passes that paint them" in batch_table(config, 8)
+    config.train.objective = "awm"
+    assert "taken after painting" in batch_table(config, 8) and "in passes of their own" in batch_table(config, 8)
+
+
 def test_every_enumerated_and_bounded_key_exists_and_has_an_allowed_default():
     keys = flatten(base.get_config())
     assert set(CHOICES) | set(RANGES) <= set(keys)
