@@ -108,7 +108,7 @@ def test_the_command(world, tmp_path):
     code, errors = children.command("tiny.exact_gradient", line, tmp_path)
     assert code == 0, errors
     found = json.loads((tmp_path / "run/exact_gradient.json").read_text())
-    assert {"reward", "silhouettes", "held_out", "foreground"} <= set(found)
+    assert {"reward", "silhouettes", "held_out", "foreground", "diversity"} <= set(found)
     lines = metrics(tmp_path / "run")
     assert [(line["kind"], line["epoch"]) for line in lines] == [
         ("validation", 0), ("epoch", 0), ("update", 0), ("epoch", 1), ("update", 1), ("validation", 2)
