@@ -72,7 +72,7 @@ def test_gradients_are_those_of_what_is_painted(world, tmp_path, monkeypatch, pa
     for n in range(2):
         assert float(slopes(found[n], 3e-4)[n]) == pytest.approx(float(norms[n]), rel=0.05)
     anywhere = F.normalize(torch.randn(len(weights), generator=torch.Generator().manual_seed(1)).double(), dim=0)
-    error = (slopes(anywhere, 3e-3) - found @ anywhere).abs()
+    error = (slopes(anywhere, 2e-2) - found @ anywhere).abs()
     assert (error < 0.2 * norms / len(weights) ** 0.5).all()
 
 
