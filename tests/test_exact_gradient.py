@@ -1,0 +1,122 @@
+"""The gradient of MRC through the whole chain is held to differences of what a rollout is worth."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from diffusers_patch.loading import load_painter, make_trainable
+from diffusers_patch.rollout import rollout
+from mrc.rewards import load_mrc
+from tests import children
+from tests.test_run import config_of
+from tests.test_training import metrics
+from tests.tiny_models import PROMPTS, flags, make_mvdream, settings
+from tiny.exact_gradient import Ascent, exact_gradients, reward_and_area
+
+PAINTERS = {
+    "mv_sdxl": {},
+    "mvdream": dict(painter__name="mvdream", painter__elevation=20.0, painter__azimuth_start=315.0),
+}
+
+
+def configuration(world, tmp_path, painter, **changes):
+    changes |= PAINTERS[painter]
+    if painter == "mvdream":
+        changes["pretrained__model"] = str(make_mvdream(world) / "mvdream")
+    return config_of(world, tmp_path / "logs", **changes)
+
+
+def learner(world, tmp_path, painter):
+    """(policy away from its base model, its weights, judge, configuration)."""
+    config = configuration(world, tmp_path, painter, lora__targets="attention+conv")
+    policy, judge = load_painter(config, "cpu"), load_mrc(config, "cpu")
+    make_trainable(policy, config)
+    weights = parameters_to_vector(policy.trainable_parameters()).detach()
+    weights = weights + 0.1 * torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
+    vector_to_parameters(weights, policy.trainable_parameters())
+    policy.pipeline.vae.decoder.conv_out.bias.data -= 0.06  # darker: more of a view is foreground
+    return policy, weights, judge, config
+
+
+def paint(policy, config):
+    generators = [torch.Generator().manual_seed(i) for i in range(2)]
+    return rollout(policy, PROMPTS[:2], config.sample.num_steps, config.sample.guidance_scale, 1.0, generators)
+
+
+@pytest.mark.parametrize(("painter", "steps_back"), [("mv_sdxl", 1000), ("mvdream", 1000), ("mvdream", 2)])
+def test_gradients_are_those_of_what_is_painted(world, tmp_path, monkeypatch, painter, steps_back):
+    """Along themselves, and along a random direction; with `steps_back` the weights of earlier steps do not move.
+
+    Every step is so small that no box and no occupied cell changes, which would be a jump."""
+    policy, weights, judge, config = learner(world, tmp_path, painter)
+    found = exact_gradients(policy, judge, paint(policy, config), config, steps_back).double()
+    predict, first = policy.predict, policy.scheduler.timesteps[-min(steps_back, config.sample.num_steps)]
+
+    def values(moved):
+        def predict_with_late_steps_moved(x, t, *args, **kwargs):
+            vector_to_parameters(moved if t[0] <= first else weights, policy.trainable_parameters())
+            return predict(x, t, *args, **kwargs)
+
+        monkeypatch.setattr(policy, "predict", predict_with_late_steps_moved)
+        with torch.no_grad():
+            return torch.stack([value.double().sum() for value in reward_and_area(judge, paint(policy, config).views)])
+
+    def slopes(direction, size):
+        step = (size * F.normalize(direction, dim=0)).float()
+        return (values(weights + step) - values(weights - step)) / (2 * size)
+
+    norms = found.norm(dim=1)
+    for n in range(2):
+        assert float(slopes(found[n], 3e-4)[n]) == pytest.approx(float(norms[n]), rel=0.05)
+    anywhere = F.normalize(torch.randn(len(weights), generator=torch.Generator().manual_seed(1)).double(), dim=0)
+    error = (slopes(anywhere, 2e-2) - found @ anywhere).abs()
+    assert (error < 0.2 * norms / len(weights) ** 0.5).all()
+
+
+def test_the_reward_is_that_of_mrc_and_the_area_nearly_the_foreground(world, tmp_path):
+    policy, _, judge, config = learner(world, tmp_path, "mvdream")
+    views = paint(policy, config).views
+    views[..., 8:20, 8:20] = 0.5
+    reward, area = reward_and_area(judge, views)
+    result = judge(views)
+    torch.testing.assert_close(reward, result.reward)
+    torch.testing.assert_close(area, result.foreground.mean(1), atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_step_raises_the_reward_and_can_leave_the_area(world, tmp_path, hold):
+    config = configuration(world, tmp_path, "mvdream", train__hold_foreground=hold, train__learning_rate=1e-4)
+    ascent = Ascent(config, 1000)
+    before = parameters_to_vector(ascent.parameters).detach()
+    generator = torch.Generator().manual_seed(0)
+    area = torch.randn(len(before), generator=generator)
+    reward = torch.randn(len(before), generator=generator) + area
+    ascent.step(reward, area)
+    step = parameters_to_vector(ascent.parameters).detach() - before
+    assert F.cosine_similarity(step, reward, dim=0) > 0.4
+    grown = float(F.cosine_similarity(step, area, dim=0))
+    assert abs(grown) < 1e-4 if hold else grown > 0.4
+
+
+def test_the_command(world, tmp_path):
+    values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
+    values |= {"num_epochs": 2, "train.kl_per_update": 0.01, "train.kl_calibration_updates": 1}
+    line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    code, errors = children.command("tiny.exact_gradient", line, tmp_path)
+    assert code == 0, errors
+    found = json.loads((tmp_path / "run/exact_gradient.json").read_text())
+    assert {"reward", "silhouettes", "held_out", "foreground", "diversity"} <= set(found)
+    lines = metrics(tmp_path / "run")
+    assert [(line["kind"], line["epoch"]) for line in lines] == [
+        ("validation", 0), ("epoch", 0), ("update", 0), ("epoch", 1), ("update", 1), ("validation", 2)
+    ]  # fmt: skip
+    assert lines[2]["kl_of_update"] > 0 and lines[4]["learning_rate"] == lines[2]["next_learning_rate"]
+
+
+def test_what_is_not_differentiated_is_refused(world, tmp_path):
+    line = ["--config=config/base.py", *flags(world, tmp_path, reward_fn="jpeg_compressibility")]
+    code, errors = children.command("tiny.exact_gradient", line, tmp_path)
+    assert code == 2 and "config.reward_fn = 'jpeg_compressibility'" in errors
