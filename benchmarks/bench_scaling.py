@@ -4,7 +4,7 @@
 
 Prints seconds of CPU, and what they are of proportional growth: 1.00 = twice the work costs twice as much. For two
 processes: of the clock, the share of the speed of two machines that is kept by two processes that share an epoch, and
-by two that do not know of each other, which is what this machine allows. Takes about four minutes on two cores.
+by two that do not know of each other, which is what this machine allows. Takes about three minutes on two cores.
 """
 
 import argparse
