@@ -18,6 +18,8 @@ def _in(file: str, *edits: tuple[str, str, str, str]) -> list[Mutant]:
     return [Mutant(name, file, old, new, tests.split()) for name, old, new, tests in edits]
 
 
+_EXACT = "test_exact_gradient.py::test_gradients_are_those_of_what_is_painted"
+_EXACT_STEP = "test_exact_gradient.py::test_a_step_raises_the_reward_and_can_leave_the_area"
 _FIRST = "test_run.py::test_the_first_epoch_learns_nothing_and_a_spent_kl_ends_the_run"
 _RANDOM = "test_run.py::test_random_numbers_follow_from_seed_and_epoch"
 _VALIDATION = "test_run.py::test_validations_have_the_same_noise_in_every_run_and_each_prompt_its_own"
@@ -915,6 +917,37 @@ MUTANTS = [
             "((half, ~half), (~half, half))",
             "((half, half), (~half, ~half))",
             "test_measure_signal.py::test_a_planted_signal_is_seen_and_no_other",
+        ),
+    ),
+    *_in(
+        "tiny/exact_gradient.py",
+        (
+            "exact gradients followed downhill",
+            "set_gradient(self.parameters, -reward)",
+            "set_gradient(self.parameters, reward)",
+            _EXACT_STEP,
+        ),
+        ("exact steps that grow", "without_growth(step, area)", "step", _EXACT_STEP),
+        (
+            "exact gradients of one step more",
+            "max(0, trajectory.num_steps - steps_back)",
+            "max(0, trajectory.num_steps - steps_back - 1)",
+            _EXACT,
+        ),
+        (
+            "exact gradients of the wrong sign",
+            "totals[n] += parameters_to_vector(found)",
+            "totals[n] -= parameters_to_vector(found)",
+            _EXACT,
+        ),
+    ),
+    *_in(
+        "config/batches.py",
+        (
+            "gradients of matching said to be taken while painting",
+            'matching = train.objective == "awm"',
+            "matching = False",
+            "test_config.py::test_batch_table_tells_when_gradients_are_taken",
         ),
     ),
 ]
