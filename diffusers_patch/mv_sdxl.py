@@ -66,7 +66,7 @@ class MVSDXL(MultiViewPolicy):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1], reading order of the grid."""
         vae = self.pipeline.vae
-        parts = (latents / vae.config.scaling_factor).to(vae.dtype).split(self.decode_batch_size)
+        parts = (latents / vae.config.scaling_factor).to(weights_dtype(vae)).split(self.decode_batch_size)
         grids = torch.cat([vae.decode(part).sample.float() for part in parts])
         return split_grid((grids / 2 + 0.5).clamp(0, 1))
 

@@ -186,6 +186,7 @@ class MVDream(MultiViewPolicy):
     def decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Latents (B, 4, 4, h, w) -> views (B, 4, 3, S, S) in [0, 1]."""
         vae = self.pipeline.vae
-        parts = (latents.flatten(0, 1) / vae.config.scaling_factor).to(vae.dtype).split(VIEWS * self.decode_batch_size)
+        scaled = (latents.flatten(0, 1) / vae.config.scaling_factor).to(weights_dtype(vae))
+        parts = scaled.split(VIEWS * self.decode_batch_size)
         images = torch.cat([vae.decode(part).sample.float() for part in parts])
         return (images / 2 + 0.5).clamp(0, 1).unflatten(0, (len(latents), VIEWS))

@@ -306,40 +306,35 @@ def render_occupied(
     ray = (near < far).nonzero()[:, 0]
     near, far = near[ray], far[ray]
     # a row for each depth, (samples, rays), so that what is evaluated together lies together
-    middles = (torch.arange(samples, device=near.device)[:, None] + 0.5) / samples
-    depths = near + (far - near) * middles
+    depths = stratified_depths(near, far, samples, 0.5).T.contiguous()
     starts, steps = (x[ray].T.contiguous()[:, None] for x in (origins, directions))
     inside = torch.zeros_like(depths, dtype=torch.bool)
     density, optical = torch.zeros_like(depths), torch.zeros_like(near)
-    places, columns, colours = [], [], []
+    places, colours = [], []
     for first in range(0, samples, FRONT):  # front to back: what lies behind opaque matter is invisible
         part = slice(first, first + FRONT)
         points = torch.addcmul(starts, steps, depths[part])
         inside[part] = _is_occupied(occupied, points) & (optical < OPAQUE)
-        row, column = inside[part].nonzero().unbind(1)  # waits for the GPU, to know how many
-        place = row * len(ray) + column
+        place = inside[part].flatten().nonzero()[:, 0]  # waits for the GPU, to know how many
         found, colour = field(points.flatten(1).index_select(1, place).T[None])
         density[part].view(-1).index_copy_(0, place, found[0])
         optical += density[part].sum(0) * (far - near) / samples
         places.append(place + first * len(ray))
-        columns.append(column)
         colours.append(colour[0])
     place, colour = torch.cat(places), torch.cat(colours)
     weights = interval_weights(depths.T, density.T).T
     alpha[ray] = weights.sum(0)
     # an interval takes the mean colour of its ends, or that of the one end that is inside
-    weights, inside = (F.pad(x, (0, 0, 1, 1)).flatten() for x in (weights, inside))
-    weight = sum(
-        weights.index_select(0, interval) * (1 - inside.index_select(0, end).float() / 2)
-        for interval, end in ((place, place), (place + len(ray), place + 2 * len(ray)))
-    )
-    rgb[ray] = (1 - alpha[ray, None]).expand(-1, 3).index_add(0, torch.cat(columns), weight[:, None] * colour)
+    share = 1 - inside.float() / 2
+    weights = F.pad(weights * share[1:], (0, 0, 0, 1)) + F.pad(weights * share[:-1], (0, 0, 1, 0))
+    seen = weights.flatten().index_select(0, place)[:, None] * colour
+    rgb[ray] = (1 - alpha[ray, None]).expand(-1, 3).index_add(0, place % len(ray), seen)
     return rgb, alpha
 
 
 def _is_occupied(occupied, points):
     """Whether points (3, ...) of the box lie in occupied cells (R, R, R): (...) bool."""
     resolution = len(occupied)
-    x, y, z = (points + 1).mul_(resolution / 2).int().clamp_(0, resolution - 1)
-    cells = z.mul_(resolution).add_(y).mul_(resolution).add_(x)
+    x, y, z = ((points + 1) * (resolution / 2)).int().clamp_(0, resolution - 1)
+    cells = (z * resolution + y) * resolution + x
     return occupied.flatten().index_select(0, cells.flatten()).view_as(cells)
