@@ -20,7 +20,6 @@ import json
 import time
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from absl import flags
 from ml_collections import ConfigDict
@@ -33,7 +32,16 @@ from ddpo.calibration import StepCalibration
 from ddpo.files import write_whole
 from ddpo.run_folder import open_run
 from ddpo.run_log import RunLog
-from ddpo.sampling import EVALUATION, NOISE, PROMPTS, VALIDATION, Samples, collect_samples, make_generator
+from ddpo.sampling import (
+    EVALUATION,
+    NOISE,
+    PROMPTS,
+    VALIDATION,
+    Samples,
+    collect_samples,
+    gather_scores,
+    make_generator,
+)
 from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator
 from ddpo.update import optimizer_step, set_gradient, without_growth
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
@@ -138,7 +146,7 @@ class Ascent:
         reward, area = gradient / len(prompts)
         statistics = {"loss": -float(samples.reward.mean()), **self.step(reward, area)}
         seconds = {"epoch": time.perf_counter() - start}
-        self.log.epoch(epoch, samples, prompts, numbers(samples), [statistics], seconds)
+        self.log.epoch(epoch, samples, prompts, gather_scores(samples, self.accelerator), [statistics], seconds)
 
     def step(self, reward: torch.Tensor, area: torch.Tensor) -> dict[str, float]:
         """An optimizer step along the gradient `reward` (P,), without what of it changes the area whose gradient is
@@ -156,18 +164,13 @@ class Ascent:
         prompts = self.prompts.val_set
         samples = self.paint(self.reward_fn.judged, prompts, 0, VALIDATION, keep_images=len(prompts))
         self.log.validation_images(epochs_done, range(len(prompts)), samples.images)
-        self.log.validation(epochs_done, numbers(samples), prompts)
+        self.log.validation(epochs_done, gather_scores(samples, self.accelerator), prompts)
         measured = evaluate_views(samples.images["views"] / 255, prompts)
         again = prompts[:DIVERSE] * AGAIN
         views = self.paint(self.reward_fn, again, 0, EVALUATION, keep_images=len(again)).images["views"] / 255
         spread = diversity(views.to(self.policy.device), again, self.reward_fn.judge.lpips)
         spread = spread.view(AGAIN, -1).mean(0)  # of a caption, whose samples are not independent
         return {"reward": samples.reward, **samples.judges, **measured, "diversity": spread.cpu()}
-
-
-def numbers(samples: Samples) -> dict[str, np.ndarray]:
-    """The scores of samples as the log of a run wants them."""
-    return {name: value.float().cpu().numpy() for name, value in samples.scores().items()}
 
 
 def define_flags() -> None:

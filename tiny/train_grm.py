@@ -13,9 +13,8 @@ from mrc.lpips import LPIPS
 from recon.cameras import Cameras, instant3d_cameras
 from recon.gaussian_splatting import Gaussians, render_gaussians
 from recon.grm import GRM
-from tiny.train_lrm import LPIPS_WEIGHT, evaluate, random_scenes
-from tiny.train_vae import VAE_FOLDER, load_vae
-from tiny.training import WEIGHTS, LossFunction, fit, psnr, start_training, training_parser
+from tiny.train_lrm import LPIPS_WEIGHT, coverage, evaluate, frozen_vae, random_scenes, reconstructor_parser
+from tiny.training import WEIGHTS, LossFunction, fit, psnr, start_training
 
 NETWORK = dict(in_channels=3, input_res=64, patch_size=4, layers=4, width=128)
 RENDER = dict(scaling_activation_type="softplus", scale_multi_act=0.02)
@@ -34,7 +33,7 @@ def make_loss(vae: AutoencoderKL | None, batch: int = 4) -> LossFunction:
         images, cameras = images[one, seen], Cameras(cameras.c2w[one, seen], cameras.fxfycxcy[one, seen])
         scene = Gaussians.from_packed(model.gaussians(views, fixed))
         rendered, alpha, _ = render_gaussians(scene, cameras, images.shape[-1])
-        foreground = (images.amin(2, keepdim=True) < 0.97).float()
+        foreground = coverage(images)[:, :, None]
         mse = (rendered - images).square().mean()
         mask = (alpha - foreground).square().mean()  # tells a white surface from empty space
         distance = lpips(rendered.flatten(0, 1).clamp(0, 1), images.flatten(0, 1)).mean()
@@ -45,13 +44,9 @@ def make_loss(vae: AutoencoderKL | None, batch: int = 4) -> LossFunction:
 
 
 def main() -> None:
-    parser = training_parser(__doc__, steps=900)
-    parser.add_argument(
-        "--vae", default=str(VAE_FOLDER), help="folder of the VAE; '' trains without its reconstructions"
-    )
-    args = start_training(parser, "grm")
+    args = start_training(reconstructor_parser(__doc__, steps=900), "grm")
     torch.manual_seed(SEED)
-    vae = load_vae(args.vae).eval().requires_grad_(False) if args.vae else None
+    vae = frozen_vae(args.vae)
     model = GRM(render=RENDER, **NETWORK)
     model = fit(args.folder, model, make_loss(vae), args.steps, lr=1e-3, ema_decay=0.995)
     print(evaluate(model))

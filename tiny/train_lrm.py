@@ -8,6 +8,8 @@ the reconstructor reacts to blur. Besides single rays, a patch of each object is
 does: what MRC leaves on exact views is the loss of sharp edges, which squared errors hardly see.
 """
 
+import argparse
+
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
@@ -46,6 +48,11 @@ def through_vae(vae: AutoencoderKL, views: torch.Tensor) -> torch.Tensor:
         return split_grid(vae.decode(latents).sample.float() / 2 + 0.5).clamp(0, 1)
 
 
+def coverage(images: torch.Tensor) -> torch.Tensor:
+    """Where exact images (..., 3, S, S) in [0, 1] show the object, edges included: (..., S, S) of 0 and 1."""
+    return (images.amin(-3) < 0.97).float()
+
+
 def sample_rays(
     images: torch.Tensor, cameras: Cameras, count: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -54,7 +61,7 @@ def sample_rays(
     images: (B, M, 3, S, S) in [0, 1]; cameras: (B, M). Returns origins, directions and colours, each (B, count, 3), and
     foreground (B, count) of 0 and 1."""
     colour = images.permute(0, 1, 3, 4, 2).flatten(1, 3)
-    foreground = (images.amin(2) < 0.97).float()
+    foreground = coverage(images)
     near = F.max_pool2d(foreground, 7, stride=1, padding=3).flatten(1)
     probability = near / near.sum(1, keepdim=True) * 0.75 + 0.25 / near.shape[1]
     pick = torch.multinomial(probability, count, generator=generator)
@@ -74,7 +81,7 @@ def patch_rays(images: torch.Tensor, cameras: Cameras, generator: torch.Generato
     view = torch.randint(M, (B,), generator=generator)
     one = torch.arange(B)
     images, cameras = images[one, view], Cameras(cameras.c2w[one, view], cameras.fxfycxcy[one, view])
-    foreground = (images.amin(1) < 0.97).float()
+    foreground = coverage(images)
     middle = torch.multinomial(foreground.flatten(1) + 1e-6, 1, generator=generator)[:, 0]
     top, left = ((place - PATCH // 2).clamp(0, S - PATCH) for place in (middle // S, middle % S))
     window = torch.arange(PATCH)
@@ -157,17 +164,28 @@ def evaluate(model: Reconstructor, count: int = 32) -> dict[str, float]:
     }
 
 
-def main() -> None:
-    parser = training_parser(__doc__, steps=2800)
+def reconstructor_parser(description: str, steps: int) -> argparse.ArgumentParser:
+    """The options of the training of a reconstructor; steps: the default of --steps."""
+    parser = training_parser(description, steps)
     parser.add_argument(
         "--vae", default=str(VAE_FOLDER), help="folder of the VAE; '' trains without its reconstructions"
     )
+    return parser
+
+
+def frozen_vae(folder: str) -> AutoencoderKL | None:
+    """The VAE of --vae, for `random_scenes`; None for ''."""
+    return load_vae(folder).eval().requires_grad_(False) if folder else None
+
+
+def main() -> None:
+    parser = reconstructor_parser(__doc__, steps=2800)
     parser.add_argument("--lr", type=float, default=2e-3, help="largest step size (default: %(default)s)")
     parser.add_argument(
         "--start", help="folder of a TinyLRM to start from, such as tiny/weights/lrm (default: nothing)"
     )
     args = start_training(parser, "lrm")
-    vae = load_vae(args.vae).eval().requires_grad_(False) if args.vae else None
+    vae = frozen_vae(args.vae)
     model = TinyLRM.from_pretrained(args.start).train() if args.start else TinyLRM()
     model = fit(args.folder, model, make_loss(vae), args.steps, lr=args.lr, ema_decay=0.995)
     print(evaluate(model))
