@@ -23,7 +23,7 @@ from collections.abc import Callable
 import torch
 from absl import flags
 from ml_collections import ConfigDict
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.errors import UserError
@@ -43,7 +43,7 @@ from ddpo.sampling import (
     make_generator,
 )
 from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator
-from ddpo.update import optimizer_step, set_gradient, without_growth
+from ddpo.update import optimizer_step, set_gradient
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.policy import MultiViewPolicy
@@ -152,12 +152,9 @@ class Ascent:
         """An optimizer step along the gradient `reward` (P,), without what of it changes the area whose gradient is
         `area` (P,), if that is held: statistics as of `ddpo.update.optimizer_step`."""
         set_gradient(self.parameters, -reward)
-        before = parameters_to_vector(self.parameters).detach()
-        statistics = optimizer_step(self.parameters, self.optimizer, self.accelerator, self.config, None)
-        if self.config.train.hold_foreground:  # of the step itself: Adam turns what was orthogonal to area before it
-            step = parameters_to_vector(self.parameters).detach() - before
-            vector_to_parameters(before + without_growth(step, area), self.parameters)
-        return {**statistics, **self.calibration.after_update()}
+        growth = area if self.config.train.hold_foreground else None
+        after = self.calibration.after_update
+        return optimizer_step(self.parameters, self.optimizer, self.accelerator, self.config, after, growth)
 
     def validation(self, epochs_done: int) -> dict[str, torch.Tensor]:
         """Paint the validation prompts as a run does: {quantity or judge: (N,), diversity: (DIVERSE,)}."""
