@@ -290,24 +290,25 @@ def test_samples_with_an_empty_view_are_counted(world):
     assert result["empty"].tolist() == [1, 0, 0]
 
 
-def save_validation(folder, epoch, views, rewards, prompts):
+def save_validation(folder, epoch, views, rewards, prompts, **judges):
     """Write validation/epoch_XXXX/ of the run in `folder`. views: (N, V, 3, S, S) in [0, 1]."""
     validation = folder / "validation" / f"epoch_{epoch:04d}"
     validation.mkdir(parents=True, exist_ok=True)
     for n, view in enumerate(views):
         save_views({"views": (255 * view).byte()}, validation / f"{n:04d}.png")
-    (validation / "scores.json").write_text(json.dumps({"prompts": list(prompts), "rewards": list(rewards)}))
+    scores = {"prompts": list(prompts), "rewards": list(rewards), **judges, "lower_is_better": list(judges)}
+    (validation / "scores.json").write_text(json.dumps(scores))
 
 
 def test_a_run_is_evaluated_from_its_first_and_last_validation(world, tmp_path):
     captions, objects, views = (x[:8] for x in world)
     defective = add_defect("colour", objects, captions, views, torch.Generator().manual_seed(0))
     for epoch, images in ((0, defective), (5, defective), (20, views)):
-        save_validation(tmp_path, epoch, images, [epoch - 20.0] * 8, captions)
+        save_validation(tmp_path, epoch, images, [epoch - 20.0] * 8, captions, silhouettes=[1.0 / (1 + epoch)] * 8)
     result = evaluate_run(tmp_path, "colour", Classifier())
     assert result["validations"] == ["epoch_0000", "epoch_0020"] and result["samples"] == 8
     assert result["defective"]["before"] == 1 and result["defective"]["after"] == 0
-    assert result["reward"]["difference"] == 20
+    assert result["reward"]["difference"] == 20 and result["silhouettes"]["before"] == 1 and "held_out" not in result
     assert json.loads((tmp_path / "evaluation.json").read_text())["bad_grids_repaired"]["share"] == 1
     assert "| -20.000 ± 0.000 | 0.000 ± 0.000 | +100.0 % |" in compare_runs.row("run", result)
 
@@ -363,8 +364,9 @@ DAMAGES = {
     r"scores.json is missing or damaged": lambda run, _: (run / "validation/epoch_0004/scores.json").unlink(),
     r"scores.json is missing or damaged \(JSONDecodeError\)": damage("scores.json", lambda content: content[:-9]),
     r"scores.json is missing or damaged \(KeyError\)": damage("scores.json", lambda content: b"{}"),
-    r"scores.json has 4 prompts and 3 rewards": rewrite(rewards=[0.0] * 3),
-    r"scores.json has 4 prompts and 4 rewards; one finite reward": rewrite(rewards=[float("nan")] * 4),
+    r"scores.json has 4 prompts and 3 numbers of 'reward'": rewrite(rewards=[0.0] * 3),
+    r"scores.json has 4 prompts and 4 numbers of 'reward'; one finite": rewrite(rewards=[float("nan")] * 4),
+    r"scores.json has 4 prompts and 3 numbers of 'held_out'": rewrite(held_out=[0.0] * 3),
     r"0002.png is missing or not a picture": lambda run, _: (run / "validation/epoch_0004/0002.png").unlink(),
     r"0001.png is missing or not a picture": damage("0001.png", lambda content: content[:-200]),
     r"0003.png is missing or not a picture": damage("0003.png", flip_bytes),

@@ -1,10 +1,11 @@
 """Evaluate a run in the small world without a reconstruction: `python -m tiny.evaluate logs/<run>`.
 
-Reads the first and the last of `logs/<run>/validation/epoch_XXXX/` (prompts and rewards, and the views of each prompt,
-with the same captions and noise in every epoch), prints what reinforcement learning changed, and writes
-`logs/<run>/evaluation.json`. Only the rewards, which are read from the files, come from a reconstruction: defects are
-detected by comparing the colours and areas of the views, and captions are checked by a classifier that was trained on
-exact renders. Exits with status 2 and one sentence if a file is missing or damaged.
+Reads the first and the last of `logs/<run>/validation/epoch_XXXX/` (prompts, rewards, what the judges of mrc/judges.py
+said, and the views of each prompt, with the same captions and noise in every epoch), prints what reinforcement learning
+changed, and writes `logs/<run>/evaluation.json`. Of these numbers only the rewards and the held-out views come from a
+reconstruction, and are read from the files: defects are detected by comparing the colours and areas of the views, and
+captions are checked by a classifier that was trained on exact renders. Exits with status 2 and one sentence if a file
+is missing or damaged.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from config import base
 from config.cli import one_sentence
 from config.errors import MissingFileError, UserError
 from config.validate import check_file
-from ddpo.evaluation import paired_p_value
+from ddpo.evaluation import JUDGES, paired_p_value
 from ddpo.pictures import load_views
 from mrc.bounding_box import foreground_mask
 from tiny.classifier import Classifier, caption_agreement
@@ -73,10 +74,10 @@ def colour_agreement(views: torch.Tensor, captions: list[str], use: torch.Tensor
 def compare(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, dict]:
     """Compare N samples before and after, paired by caption and noise.
 
-    before, after: the quantities (N,) of `evaluate_views` and "reward", N >= 2. Returns, for every quantity, its means,
-    their standard errors ("before_se", "after_se"), the mean difference and its standard error ("difference_se"), the
-    difference in units of |before| ("relative", None if that is 0) and the two-sided p value of the paired t-test; and
-    the counts "good_grids_broken" and "bad_grids_repaired"."""
+    before, after: the quantities (N,) of `evaluate_views` and the scores of `read_validation`, N >= 2. Returns, for
+    every quantity, its means, their standard errors ("before_se", "after_se"), the mean difference and its standard
+    error ("difference_se"), the difference in units of |before| ("relative", None if that is 0) and the two-sided p
+    value of the paired t-test; and the counts "good_grids_broken" and "bad_grids_repaired"."""
     result = {}
     for name in before:
         a, b = before[name].double(), after[name].double()
@@ -119,14 +120,18 @@ def table(result: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-def read_validation(folder: str | Path) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Read a validation of a run: views (N, 4, 3, S, S) in [0, 1], rewards (N,) in float64, and N prompts.
+def read_validation(folder: str | Path) -> tuple[torch.Tensor, dict[str, torch.Tensor], list[str]]:
+    """Read a validation of a run: views (N, 4, 3, S, S) in [0, 1], scores, and N prompts.
+
+    The scores are "reward" and those of the judges of JUDGES that there were, all (N,) in float64.
 
     Raises UserError if a file is missing or damaged, or holds something else."""
     folder = Path(folder)
     try:
         scores = json.loads((folder / "scores.json").read_text())
-        prompts, rewards = scores["prompts"], torch.tensor(scores["rewards"], dtype=torch.float64)
+        prompts, columns = scores["prompts"], {"reward": scores["rewards"]}
+        columns |= {name: scores[name] for name in JUDGES if name in scores}
+        values = {name: torch.tensor(column, dtype=torch.float64) for name, column in columns.items()}
         if not isinstance(prompts, list) or not all(isinstance(prompt, str) for prompt in prompts):
             raise TypeError("prompts are a list of texts")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -134,17 +139,18 @@ def read_validation(folder: str | Path) -> tuple[torch.Tensor, torch.Tensor, lis
             f"{folder / 'scores.json'} is missing or damaged ({type(error).__name__}); give the folder of a complete "
             f"run of carve3d_train.py, or repeat the run."
         ) from error
-    if rewards.shape != (len(prompts),) or len(prompts) < 2 or not rewards.isfinite().all():
-        raise UserError(
-            f"{folder / 'scores.json'} has {len(prompts)} prompts and {rewards.numel()} rewards; one finite reward for "
-            f"each of two or more prompts is expected."
-        )
+    for name, column in values.items():
+        if column.shape != (len(prompts),) or len(prompts) < 2 or not column.isfinite().all():
+            raise UserError(
+                f"{folder / 'scores.json'} has {len(prompts)} prompts and {column.numel()} numbers of {name!r}; one "
+                f"finite number for each of two or more prompts is expected."
+            )
     files = [folder / f"{index:04d}.png" for index in range(len(prompts))]
     views = [load_views(file).get("views", torch.empty(0)) for file in files]
     for file, view in zip(files, views, strict=True):
         if view.shape != SHAPE:
             raise UserError(f"{file} has views of shape {tuple(view.shape)}; those of the small world have {SHAPE}.")
-    return torch.stack(views).float() / 255, rewards, prompts
+    return torch.stack(views).float() / 255, values, prompts
 
 
 def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module | None = None) -> dict:
@@ -160,7 +166,7 @@ def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module |
             f"give the folder of a run that validated before and after training."
         )
     first, last = validations[0], validations[-1]
-    (views, rewards, prompts), (views_after, rewards_after, prompts_after) = map(read_validation, (first, last))
+    (views, scores, prompts), (views_after, scores_after, prompts_after) = map(read_validation, (first, last))
     if prompts != prompts_after:
         raise UserError(
             f"{first} and {last.name} have different prompts, so their samples cannot be paired; "
@@ -169,10 +175,10 @@ def evaluate_run(run: str | Path, defect: str = SHIPPED, classifier: nn.Module |
     check_file("the result", Path(run) / "evaluation.json", [".json"])
     classifier = classifier or Classifier.from_pretrained()
     try:
-        before = {"reward": rewards, **evaluate_views(views, prompts, defect, classifier)}
+        before = scores | evaluate_views(views, prompts, defect, classifier)
     except UserError as error:
         raise UserError(f"{first} cannot be evaluated: {error}") from error
-    after = {"reward": rewards_after, **evaluate_views(views_after, prompts, defect, classifier)}
+    after = scores_after | evaluate_views(views_after, prompts, defect, classifier)
     names = [first.name, last.name]
     result = {"validations": names, "samples": len(prompts), "defect": defect, **compare(before, after)}
     (Path(run) / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n")
