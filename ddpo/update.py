@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
-from torch.nn.utils import parameters_to_vector
 
 from config.batches import trainable_steps
 from ddpo.ppo import ppo_loss, timestep_weights
@@ -76,11 +75,11 @@ def update_from_gradients(
     advantages = advantages.clamp(-config.train.adv_clip_max, config.train.adv_clip_max)
     set_gradient(parameters, -(advantages @ gradients).to(policy.device))
     average_gradients(parameters, accelerator, len(advantages))
-    growth = None
     if area is not None:
         growth = accelerator.reduce((area @ gradients).to(policy.device), reduction="mean")
+        set_gradient(parameters, without_growth(torch.cat([p.grad.flatten() for p in parameters]), growth))
     loss = -accelerator.reduce(advantages.mean().to(accelerator.device), reduction="mean")
-    return [{"loss": float(loss), **optimizer_step(parameters, optimizer, accelerator, config, after_step, growth)}]
+    return [{"loss": float(loss), **optimizer_step(parameters, optimizer, accelerator, config, after_step)}]
 
 
 def set_gradient(parameters: list[torch.nn.Parameter], gradient: torch.Tensor) -> None:
@@ -89,43 +88,25 @@ def set_gradient(parameters: list[torch.nn.Parameter], gradient: torch.Tensor) -
         parameter.grad = values.view_as(parameter)
 
 
-@torch.no_grad()
-def set_parameters(parameters: list[torch.nn.Parameter], weights: torch.Tensor) -> None:
-    """Copy `weights` (P,) into the parameters, one after another."""
-    for parameter, values in zip(parameters, weights.split([p.numel() for p in parameters]), strict=True):
-        parameter.copy_(values.view_as(parameter))
+def without_growth(gradient: torch.Tensor, growth: torch.Tensor) -> torch.Tensor:
+    """The gradient (P,) without its part along `growth` (P,): a step against it changes, to first order, no area.
+
+    growth: the policy gradient of the objects' area in place of the reward. Rewards alone do not tell: they may be
+    uncorrelated with area and the step still make objects larger, because few samples point anywhere exactly and area
+    is what a small step changes most.
+    Of the gradient, not of the step that Adam makes of it: estimated from few samples, `growth` is mostly noise that
+    the step shares, and taking it out of the step shrank the small painter's objects by 6 % (15 updates, one run)."""
+    return gradient - (gradient @ growth) / (growth @ growth).clamp(min=torch.finfo(growth.dtype).tiny) * growth
 
 
-def without_growth(step: torch.Tensor, growth: torch.Tensor) -> torch.Tensor:
-    """The step (P,) without its part along `growth` (P,): what is left changes, to first order, no area.
-
-    growth: the gradient of the objects' area, or the policy gradient of it in place of the reward. Rewards alone do not
-    tell: they may be uncorrelated with area and the step still make objects larger, because few samples point anywhere
-    exactly and area is what a small step changes most."""
-    return step - (step @ growth) / (growth @ growth).clamp(min=torch.finfo(growth.dtype).tiny) * growth
-
-
-def optimizer_step(
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
-    config: ConfigDict,
-    after_step: Callable[[], dict] | None = None,
-    growth: torch.Tensor | None = None,
-) -> dict:
-    """Clip the gradients, apply them unless they are not finite, and say what happened.
-
-    growth: (P,), see `without_growth`; None = the step is taken as the optimizer makes it."""
+def optimizer_step(parameters, optimizer, accelerator, config, after_step) -> dict:
+    """Clip the gradients, apply them unless they are not finite, and say what happened."""
     grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
     finite, rate = bool(torch.isfinite(grad_norm)), optimizer.param_groups[0]["lr"]
-    before = None if growth is None else parameters_to_vector(parameters).detach()
     if finite or getattr(optimizer, "scaler", None):  # a loss scaler looks for itself, and learns from it
         optimizer.step()
     optimizer.zero_grad()
     skipped = not finite or getattr(optimizer, "step_was_skipped", False)
-    if growth is not None and not skipped:  # of the step, not of its gradient, for Adam scales every weight by itself
-        step = parameters_to_vector(parameters).detach() - before
-        set_parameters(parameters, before + without_growth(step, growth))
     numbers = {"grad_norm": float(grad_norm), "learning_rate": rate, "step_skipped": skipped}
     return numbers if skipped or after_step is None else {**numbers, **after_step()}
 

@@ -893,7 +893,7 @@ MUTANTS = [
     ),
     *_in(
         "ddpo/update.py",
-        ("growth is added", "return step - (step @ growth)", "return step + (step @ growth)", _GROWTH),
+        ("growth is added", "return gradient - (gradient @ growth)", "return gradient + (gradient @ growth)", _GROWTH),
         ("growth is not held", "if area is not None:", "if False:", _GROWTH),
     ),
     *_in(
@@ -927,7 +927,7 @@ MUTANTS = [
             "set_gradient(self.parameters, reward)",
             _EXACT_STEP,
         ),
-        ("exact steps that grow", "area if self.config.train.hold_foreground else None", "None", _EXACT_STEP),
+        ("exact steps that grow", "without_growth(step, area)", "step", _EXACT_STEP),
         (
             "exact gradients of one step more",
             "max(0, trajectory.num_steps - steps_back)",

@@ -21,13 +21,13 @@ import time
 import torch
 from absl import flags
 from ml_collections import ConfigDict
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from carve3d_train import Run
 from config import cli
 from config.errors import UserError
 from ddpo.sampling import NOISE, epoch_prompts, gather_scores, local_slice, make_generator
-from ddpo.update import optimizer_step, set_gradient
+from ddpo.update import optimizer_step, set_gradient, without_growth
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
@@ -104,12 +104,14 @@ class Ascent(Run):
     def step(self, reward: torch.Tensor, area: torch.Tensor) -> dict[str, float]:
         """An optimizer step along the gradient `reward` (P,), without what of it changes the area whose gradient is
         `area` (P,), if that is held: statistics as of `ddpo.update.optimizer_step`."""
-        parameters, config = self.policy.trainable_parameters(), self.config
+        parameters = self.policy.trainable_parameters()
         set_gradient(parameters, -reward)
-        growth = area if config.train.hold_foreground else None
-        return optimizer_step(
-            parameters, self.optimizer, self.accelerator, config, self.calibration.after_update, growth
-        )
+        before = parameters_to_vector(parameters).detach()
+        statistics = optimizer_step(parameters, self.optimizer, self.accelerator, self.config, None)
+        if self.config.train.hold_foreground:  # of the step itself: Adam turns what was orthogonal to area before it
+            step = parameters_to_vector(parameters).detach() - before
+            vector_to_parameters(before + without_growth(step, area), parameters)
+        return {**statistics, **self.calibration.after_update()}
 
 
 def define_flags() -> None:

@@ -127,9 +127,11 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def update_step(gradients: torch.Tensor, advantages: torch.Tensor, area: torch.Tensor | None) -> torch.Tensor:
     """The direction (P,) of an update from gradients (N, P), as Adam scales it; area: (N,), None = not held."""
+    step = advantages @ gradients
+    if area is not None:
+        step = without_growth(step, area @ gradients)
     square = gradients.square().mean(0)
-    step = (advantages @ gradients) / (square + FLOOR * square.mean()).sqrt()
-    return step if area is None else without_growth(step, area @ gradients)
+    return step / (square + FLOOR * square.mean()).sqrt()
 
 
 def foretell(
