@@ -3,15 +3,19 @@ everything once, because the imports take longer than the trainings."""
 
 import atexit
 import errno
+import functools
+import json
 import multiprocessing
 import os
 import pkgutil
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["carve3d_train", "tests.children"])
 
@@ -30,16 +34,33 @@ def run(function, *args):
     return process.exitcode
 
 
-def command(module, arguments, folder):
-    """(exit status, stderr) of `python -m module arguments`; folder: for a file that is written in between."""
-    file = Path(folder) / "stderr.txt"
-    code = run(_command, module, arguments, file)
-    return code, file.read_text(errors="replace")
+def command(module, arguments, folder, processes=1, environment=None, pretend_gpu=False):
+    """`python -m module arguments` as `subprocess.run` would tell of it, with all that its processes have printed.
+
+    processes: how many work together, as torchrun starts them. folder: for files that are written in between.
+    environment: further variables. pretend_gpu: where `tools.pretend_gpu` has been imported."""
+    outputs = [str(Path(folder) / name) for name in ("stdout.txt", "stderr.txt")]
+    for file in outputs:
+        Path(file).write_text("")
+    call = [module, [str(argument) for argument in arguments], *outputs, environment or {}]
+    if pretend_gpu:
+        status = _ask(pretend_gpu_server(), call)
+    else:
+        started = [start(answer, *call)] if processes == 1 else start_ranks(answer, processes, *call)
+        for process in started:
+            process.join()
+        status = next((process.exitcode for process in started if process.exitcode), 0)
+    return subprocess.CompletedProcess(arguments, status, *(Path(file).read_text(errors="replace") for file in outputs))
 
 
-def _command(module, arguments, file):
-    redirect(os.devnull, "w", (1,))
-    redirect(file, "w", (2,))
+def answer(module, arguments, stdout, stderr, environment, rank=None):
+    """In a process of its own: be `python -m module arguments` until the end.
+
+    stdout, stderr: files that get what it says. environment, rank: variables."""
+    os.chdir(ROOT)
+    os.environ.update(environment | (rank or {}))
+    redirect(stdout, "a", (1,))
+    redirect(stderr, "a", (2,))
     sys.argv = [module, *arguments]
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
@@ -47,12 +68,23 @@ def _command(module, arguments, file):
         atexit._run_exitfuncs()  # as Python does at the end of a command, but not of a process of multiprocessing
 
 
+@functools.cache
+def pretend_gpu_server():
+    """tests/pretend_gpu_server.py, which ends with this process."""
+    line = [sys.executable, "-m", "tests.pretend_gpu_server"]
+    return subprocess.Popen(line, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def _ask(server, call):
+    server.stdin.write(json.dumps(call) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
 def train(values, environment=None):
     """The training script with config/base.py changed by `values` ({key: value}).
 
     environment: changes of environment variables, None removes one."""
-    import torch
-
     import carve3d_train
     from config import base
 
@@ -60,22 +92,10 @@ def train(values, environment=None):
         os.environ.pop(name, None)
         if value is not None:
             os.environ[name] = value
-    torch.set_num_threads(1)
     config = base.get_config()
     with config.unlocked():
         config.update_from_flattened_dict(values)
     carve3d_train.Run(config).train()
-
-
-def module(name, arguments, log, environment):
-    """`python -m name *arguments` with further environment variables; what it says goes to the file `log`."""
-    import torch
-
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    redirect(log, "a")
-    sys.argv = [name, *arguments]
-    runpy.run_module(name, run_name="__main__", alter_sys=True)
 
 
 def recorded(file, function, *args):

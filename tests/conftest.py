@@ -1,15 +1,19 @@
 """Lets tests import the rooms of the repository from anywhere, keeps arithmetic reproducible (one thread), skips what
 this machine cannot run, and trains once for all."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # also of what tests start; before torch, which reads it once
+
+# isort: split
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # where torch had been imported already
 
 
 def missing():

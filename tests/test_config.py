@@ -1,8 +1,6 @@
 """Configurations: reached as DDPO users expect, with the paper's values and the same totals on any machine."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from diffusers_patch.loading import PAINTERS
 from diffusers_patch.policy import DTYPES, LORA_TARGETS
 from mrc.rewards import REWARDS
 from recon import RECONSTRUCTORS
+from tests import children
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -408,18 +407,17 @@ BAD_FILES = {  # what a configuration file says, and words of the sentence that 
 }
 
 
-def check_config(*arguments):
-    """Exit status, stdout and stderr of tools.check_config."""
-    command = [sys.executable, "-m", "tools.check_config", *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    return result.returncode, result.stdout, result.stderr
+@pytest.fixture
+def check_config(tmp_path):
+    """check_config(*arguments): the finished command."""
+    return lambda *arguments: children.command("tools.check_config", arguments, tmp_path)
 
 
-def test_the_command_shows_the_batches():
-    code, out, _ = check_config("--processes", 2, "--config", "config/tiny.py", "--config.seed=1")
-    assert code == 0 and "64 = 32 at a time x 1 batches x 2 processes" in out
-    code, out, _ = check_config("--help")
-    assert code == 0 and "--processes" in out
+def test_the_command_shows_the_batches(check_config):
+    done = check_config("--processes", 2, "--config", "config/tiny.py", "--config.seed=1")
+    assert done.returncode == 0 and "64 = 32 at a time x 1 batches x 2 processes" in done.stdout
+    done = check_config("--help")
+    assert done.returncode == 0 and "--processes" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -436,16 +434,16 @@ def test_the_command_shows_the_batches():
         (["--nope=1"], "nope"),
     ],
 )
-def test_mistakes_get_one_sentence(arguments, words):
+def test_mistakes_get_one_sentence(check_config, arguments, words):
     given = ["--config.pretrained.model=someone/painter", "--config.recon.checkpoint=someone/reconstructor"]
-    code, _, err = check_config(*given, *arguments)
-    assert code == 2 and err.startswith("carve3d_train: ") and words in err
-    assert "Traceback" not in err and err.strip().count("\n") == 0
+    done = check_config(*given, *arguments)
+    assert done.returncode == 2 and done.stderr.startswith("carve3d_train: ") and words in done.stderr
+    assert "Traceback" not in done.stderr and done.stderr.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize("line", BAD_FILES)
-def test_mistakes_in_a_configuration_file_get_one_sentence(line, tmp_path):
+def test_mistakes_in_a_configuration_file_get_one_sentence(check_config, line, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(f"from config import base\n\ndef get_config():\n    config = base.get_config()\n    {line}\n")
-    code, _, err = check_config("--config", file)
-    assert code == 2 and BAD_FILES[line] in err and err.strip().count("\n") == 0
+    done = check_config("--config", file)
+    assert done.returncode == 2 and BAD_FILES[line] in done.stderr and done.stderr.strip().count("\n") == 0

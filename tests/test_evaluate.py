@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,7 +102,6 @@ def command(arguments, log, deadly_call=0):
         return rollout(*args, **kwargs)
 
     evaluate.rollout = deadly
-    torch.set_num_threads(1)
     sys.argv = ["evaluate", *arguments]
     cli.run("evaluate", evaluate.main, "config/base.py", evaluate.define_flags)
 
@@ -215,11 +213,7 @@ def test_killed_on_one_process_and_resumed_on_two_it_ends_with_the_same_numbers(
     assert len(painted.split()) > 1 and not (tmp_path / "out/results.json").exists()
     with file.open("a") as half:
         half.write('{"model": "base", "sam')  # as if it had been killed while writing
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launcher, "-m", "tools.evaluate", *line], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    done = children.command("tools.evaluate", line, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| base |") == 1  # one table, not one per process
     assert (tmp_path / "out/results.json").read_text() == (out / "results.json").read_text()

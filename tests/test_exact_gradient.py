@@ -105,8 +105,8 @@ def test_the_command(world, tmp_path):
     values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
     values |= {"num_epochs": 2, "train.kl_per_update": 0.01, "train.kl_calibration_updates": 1}
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
-    code, errors = children.command("tiny.exact_gradient", line, tmp_path)
-    assert code == 0, errors
+    done = children.command("tiny.exact_gradient", line, tmp_path)
+    assert done.returncode == 0, done.stderr
     scores = json.loads((tmp_path / "run/validation/epoch_0002/scores.json").read_text())
     assert {"prompts", "rewards", "silhouettes", "held_out"} <= set(scores)
     lines = metrics(tmp_path / "run")
@@ -118,5 +118,5 @@ def test_the_command(world, tmp_path):
 
 def test_what_is_not_differentiated_is_refused(world, tmp_path):
     line = ["--config=config/base.py", *flags(world, tmp_path, reward_fn="jpeg_compressibility")]
-    code, errors = children.command("tiny.exact_gradient", line, tmp_path)
-    assert code == 2 and "config.reward_fn = 'jpeg_compressibility'" in errors
+    done = children.command("tiny.exact_gradient", line, tmp_path)
+    assert done.returncode == 2 and "config.reward_fn = 'jpeg_compressibility'" in done.stderr

@@ -4,14 +4,13 @@ GPU, and how parts that fail or hang are told."""
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests import children, gpu, measure_cases
+from tests import children, gpu
 from tests.gpu import (
     GSPLAT,
     PLAN,
@@ -37,13 +36,13 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.mark.pretend_gpu
 def test_a_real_device_runs_the_stages_that_the_pretend_one_runs(tmp_path):
     make_world(tmp_path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "tests.measure_cases", "pretend", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = tmp_path / "said"
-    assert children.run(children.recorded, said, measure_cases.main, "real", str(tmp_path)) == 0
-    real, pretend = (json.loads(text.splitlines()[-1]) for text in (said.read_text(), done.stdout))
+    found = []
+    for where in ("real", "pretend"):
+        line = [where, tmp_path]
+        done = children.command("tests.measure_cases", line, tmp_path, pretend_gpu=where == "pretend")
+        assert done.returncode == 0, done.stderr[-3000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    real, pretend = found
     (run, reward), (planned_run, planned_reward) = real, pretend
     for name in ("policy", "reference", "update"):
         # but for the attention of the VAE and the blob, which CPUs do not count

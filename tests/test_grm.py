@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from torch import nn
 from recon.cameras import Cameras, project
 from recon.grm import GRM, Attention
 from recon.grm_checkpoint import convert
+from tests import children
 from tools import convert_grm
 from tools.rehearsal.checkpoints import GRM_PARAMS, grm_checkpoint, save_with_easydicts
 
@@ -337,8 +337,7 @@ def test_unreadable_files_get_one_sentence(save, tmp_path):
 
 
 def test_the_command_ends_with_one_sentence(tmp_path):
-    command = [sys.executable, "-m", "tools.convert_grm", str(tmp_path / "nothing.pth"), str(tmp_path / "grm")]
-    done = subprocess.run(command, cwd=GOLDEN.parents[1], capture_output=True, text=True)
+    done = children.command("tools.convert_grm", [tmp_path / "nothing.pth", tmp_path / "grm"], tmp_path)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "tools.convert_grm: " in done.stderr and "nothing.pth does not exist: give grm_u.pth" in done.stderr
     assert not (tmp_path / "grm").exists()

@@ -61,13 +61,17 @@ def test_the_trainer_is_imported_by_nobody():
     assert not [room for room, others in room_imports().items() if "carve3d_train" in others]
 
 
-@pytest.mark.parametrize(
-    "module", ["recon.cameras", "recon.weights", "mrc.bounding_box", "config.validate", "tools.check_config"]
-)
-def test_light_modules_import_no_model_library(module):
-    code = f"import sys, {module}; print(*({{'transformers', 'diffusers', 'peft', 'accelerate'}} & set(sys.modules)))"
+def test_light_modules_import_no_model_library():
+    light = ["recon.cameras", "recon.weights", "recon", "mrc.bounding_box", "config.validate", "tools.check_config"]
+    code = f"""
+import importlib, sys
+for module in {light}:
+    importlib.import_module(module)
+    for library in {{"transformers", "diffusers", "peft", "accelerate", "skimage"}} & set(sys.modules):
+        sys.exit(f"{{module}} imports {{library}}")
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.split() == [], done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 def test_every_command_explains_itself():

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -82,17 +83,18 @@ def test_what_is_half_written_goes_and_what_was_there_stays(tmp_path, kind):
     assert read() == "new" and [path.name for path in place.parent.iterdir()] == ["thing"]
 
 
+def append_beyond_the_limit(file):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))  # bytes, for the rest of the process
+    with pytest.raises(OSError):
+        append_whole(file, "second")
+
+
 def test_a_line_is_appended_whole_or_not_at_all(tmp_path):
     """/dev/full is always full; a limit of the file size cuts a line in the middle."""
     file = tmp_path / "metrics.jsonl"
     append_whole(file, "first")
-    code = (
-        "import resource, pathlib, ddpo.files\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
-        f"ddpo.files.append_whole(pathlib.Path({str(file)!r}), 'second')"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "OSError" in done.stderr and file.read_text() == "first\n"
+    assert children.run(append_beyond_the_limit, file) == 0
+    assert file.read_text() == "first\n"
     append_whole(file, "third")
     assert file.read_text() == "first\nthird\n"
 

@@ -71,8 +71,8 @@ def test_the_command(tmp_path):
     world = make_world(tmp_path)
     line = ["--config=config/base.py", *flags(world, tmp_path), "--config.train.batch_size=4", "--samples=2"]
     line += [f"--captions={world / 'train.txt'}", f"--out={tmp_path / 'out'}"]
-    code, errors = children.command("tools.measure_signal", line, tmp_path)
-    assert code == 0, errors
+    done = children.command("tools.measure_signal", line, tmp_path)
+    assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "out/signal.json").read_text())
     assert set(found["correlations"]) == {
         name + held for name in ("ddpo", "awm guided", "awm") for held in ("", ", held")
@@ -86,5 +86,5 @@ def test_the_command(tmp_path):
 def test_too_few_captions_are_refused(tmp_path):
     world = make_world(tmp_path)
     line = ["--config=config/base.py", *flags(world, tmp_path), f"--captions={world / 'test.txt'}"]
-    code, errors = children.command("tools.measure_signal", line, tmp_path)
-    assert code == 2 and "--captions has 1 prompts: give four or more" in errors
+    done = children.command("tools.measure_signal", line, tmp_path)
+    assert done.returncode == 2 and "--captions has 1 prompts: give four or more" in done.stderr

@@ -5,7 +5,6 @@ import inspect
 import io
 import json
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -122,21 +121,10 @@ def forked(command, log):
     command = command[1:]
     processes = command[1] == "torch.distributed.run"
     _, module, *arguments = command[5:] if processes else command
-    log.touch()
-    environments = [{}]
-    if processes:
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            master = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(sock.getsockname()[1])}
-        world = {"WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES), **master}
-        environments = [{"RANK": str(rank), "LOCAL_RANK": str(rank), **world} for rank in range(PROCESSES)]
-    started = [
-        children.start(children.module, module, arguments, str(log), {**rehearse.ENVIRONMENT, **environment})
-        for environment in environments
-    ]
-    for process in started:
-        process.join(300)
-    return max(abs(process.exitcode) for process in started)
+    number = PROCESSES if processes else 1
+    done = children.command(module, arguments, log.parent, number, rehearse.ENVIRONMENT)
+    log.write_text(done.stdout + done.stderr)
+    return done.returncode
 
 
 @pytest.fixture(scope="module")

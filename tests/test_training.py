@@ -6,8 +6,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +35,6 @@ def metrics(folder, kind=None):
 
 def without_seconds(lines):
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
-
-
-def command_line(program, *arguments, **environment):
-    """Run a command from the repository's root: the finished process."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
-    return subprocess.run(
-        [sys.executable, *program, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=DEADLINE
-    )
 
 
 def same_files(folder, other, pattern):
@@ -241,13 +231,8 @@ def assert_learnt_alike(run, other):
 
 def test_two_processes_learn_what_one_learns(whole_run, world, tmp_path):
     """Three validation prompts for two processes."""
-    done = command_line(
-        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
-        "carve3d_train.py",
-        "--config",
-        "config/base.py",
-        *flags(world, tmp_path),
-    )
+    line = ["--config=config/base.py", *flags(world, tmp_path)]
+    done = children.command("carve3d_train", line, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nepoch   1") == 1  # one summary line, not one per process
     assert "8 = 4 at a time x 1 batches x 2 processes" in done.stdout
@@ -286,10 +271,8 @@ def test_a_reward_rises_and_not_by_chance(tmp_path):
     show. With the advantages given to other samples it does not."""
     gains = {}
     for shuffled in (False, True):
-        done = command_line(
-            ["carve3d_train.py"],
-            "--config",
-            "config/tiny.py",
+        line = [
+            "--config=config/tiny.py",
             f"--config.logdir={tmp_path}",
             f"--config.run_name={shuffled}",
             f"--config.shuffle_advantages={shuffled}",
@@ -300,7 +283,8 @@ def test_a_reward_rises_and_not_by_chance(tmp_path):
             "--config.train.kl_calibration_updates=3",
             "--config.train.hold_foreground=False",
             "--config.report=False",
-        )
+        ]
+        done = children.command("carve3d_train", line, tmp_path)
         assert done.returncode == 0, done.stderr
         before, after = (np.array(line["rewards"]) for line in metrics(tmp_path / str(shuffled), "validation"))
         gains[shuffled] = after - before
@@ -440,7 +424,8 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(world, tmp_path, mistake, words):
-    done = command_line(["carve3d_train.py"], "--config", "config/base.py", *flags(world, tmp_path), mistake)
+    line = ["--config=config/base.py", *flags(world, tmp_path), mistake]
+    done = children.command("carve3d_train", line, tmp_path)
     assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
