@@ -20,17 +20,12 @@ from ddpo.calibration import StepCalibration
 from ddpo.sampling import NOISE, collect_samples, make_generator
 from ddpo.setup import make_optimizer, start_accelerator
 from ddpo.update import update, update_from_gradients
-from diffusers_patch.instant3d_checkpoint import CONFIGS as SDXL
 from diffusers_patch.loading import load_painter, make_trainable
-from diffusers_patch.mvdream import UNET_CONFIG
 from mrc import LPIPS, MRC
 from mrc.rewards import ImageResult
 from recon import RECONSTRUCTORS, load_reconstructor
+from tests.shallow_painters import write_shallow_painter
 from tools.pretend_gpu.gpu import GPU, pretend_gpu
-
-# A painter of full width with one layer of a kind, which meets every line of the code that all its layers meet.
-ONE_LAYER = {"layers_per_block": 1, "transformer_layers_per_block": 1}
-UNETS = {"carve3d_train": SDXL["unet"], "mvdream_lgm": UNET_CONFIG}
 
 # Denoising steps. The loop is the same code for both painters, so that the larger one need not go round twice.
 STEPS = {"carve3d_train": 1, "mvdream_lgm": 2}
@@ -39,16 +34,13 @@ STEPS = {"carve3d_train": 1, "mvdream_lgm": 2}
 def short_config(run, precision, folder, deep=False):
     """A run of config/dgx.py in full width but of `STEPS`, two samples at a time, and no files but in `folder`.
 
-    deep: the painter has all its layers, not `ONE_LAYER`."""
+    deep: the painter has all its layers, otherwise it is `write_shallow_painter`'s."""
     settings = dgx.get_config(run)
     settings.mixed_precision, settings.tracker, settings.logdir = precision, "none", str(folder)
     settings.train.clip_range = 0.1  # of no matter here
     settings.pretrained.model, settings.recon.checkpoint = "someone/painter", "someone/reconstructor"
     if not deep:
-        unet = Path(folder) / "painter/unet"
-        unet.mkdir(parents=True)
-        (unet / "config.json").write_text(json.dumps({**UNETS[run], **ONE_LAYER}))
-        settings.pretrained.model = str(unet.parent)
+        settings.pretrained.model = write_shallow_painter(run, Path(folder) / "painter")
     settings.pretrained.vae = ""
     settings.recon.remove_background = False
     settings.sample.num_steps, settings.sample.batch_size, settings.train.batch_size = STEPS[run], 2, 2

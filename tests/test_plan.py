@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from config import dgx
+from tests import children
+from tests.shallow_painters import write_shallow_painter
 from tools.plan import GIB, TERA, check_memory, hours, mend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -91,14 +93,26 @@ def test_runs_with_instantmesh(name, tflops):
     assert float(reward) == pytest.approx(tflops, rel=0.02)
 
 
+SHALLOW_SENTENCE = "decode needs 7.8 GiB and --memory is 6: set config.sample.decode_batch_size to 5"
+FULL_SENTENCE = "update needs 1\\d.\\d GiB and --memory is 10: set config.train.\\w+ to \\w+"
+
+
 @pytest.mark.pretend_gpu
-def test_the_command():
-    run = [sys.executable, "-m", "tools.plan", "--config", "config/dgx.py:mvdream_lgm", "--gpus", "8", "--memory", "10"]
-    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("painter", "memory", "sentence", "weights", "gradients"),
+    [
+        ("shallow", 6, SHALLOW_SENTENCE, 1.5, 4.9),  # 0.24 B of UNet, 0.42 of LGM and 0.08 of a VAE
+        pytest.param("full", 10, FULL_SENTENCE, 2.7, 8.4, marks=pytest.mark.slow),  # 0.87 B of UNet
+    ],
+)
+def test_the_command(tmp_path, painter, memory, sentence, weights, gradients):
+    """weights: GiB in half precision; gradients: GiB that are saved for the backward pass of 4 samples."""
+    line = ["--config", "config/dgx.py:mvdream_lgm", "--gpus", "8", "--memory", memory, "--config.sample.num_steps=4"]
+    if painter == "shallow":
+        line.append(f"--config.pretrained.model={write_shallow_painter('mvdream_lgm', tmp_path / 'painter')}")
+    done = children.command("tools.plan", line, tmp_path, pretend_gpu=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert re.fullmatch(
-        r"plan: update needs 1\d\.\d GiB and --memory is 10: set config\.train\.\w+ to \w+\n", done.stderr
-    )
+    assert re.fullmatch(f"plan: {sentence}\n", done.stderr)
     gib = {name: float(value) for name, value in re.findall(r"^  ([\w ]+?) +(\d+\.\d\d)", done.stdout, flags=re.M)}
-    assert gib["weights"] == pytest.approx(2.7, abs=0.2)  # 0.87 B of UNet, LGM and a VAE in half precision
-    assert gib["update"] - gib["weights"] == pytest.approx(8.4, abs=0.5)  # saved for the backward pass of 4 samples
+    assert gib["weights"] == pytest.approx(weights, abs=0.2)
+    assert gib["update"] - gib["weights"] == pytest.approx(gradients, abs=0.5)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recon import RECONSTRUCTORS
+from tests import children
 
 ROOT = Path(__file__).resolve().parents[1]
 GIB = 2**30
@@ -17,13 +18,18 @@ GIB = 2**30
 pytestmark = pytest.mark.pretend_gpu
 
 
-def case(*arguments, checkout=ROOT, folder=ROOT):
-    """What a case of pretend_gpu_cases.py prints, in a process of its own: torch must come after the pretend GPU.
+@pytest.fixture
+def case(tmp_path):
+    """case(name, *arguments): what a case of pretend_gpu_cases.py found."""
 
-    checkout: where the repository is; folder: where the process runs."""
-    command = [sys.executable, "-m", "tests.pretend_gpu_cases", *map(str, arguments)]
-    settings = {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=folder, env=os.environ | settings, capture_output=True, text=True)
+    def case(*arguments):
+        return printed(children.command("tests.pretend_gpu_cases", arguments, tmp_path, pretend_gpu=True))
+
+    return case
+
+
+def printed(done):
+    """What a finished case has printed."""
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -42,7 +48,7 @@ def case(*arguments, checkout=ROOT, folder=ROOT):
         pytest.param("mvdream_lgm", "bf16", "1", 7.5, marks=pytest.mark.slow),
     ],
 )
-def test_a_painter_paints_and_learns(run, precision, checkpointing, gib, tmp_path):
+def test_a_painter_paints_and_learns(case, run, precision, checkpointing, gib, tmp_path):
     """gib: the most that an update of two samples by the painter of full size may occupy; None: of full width only."""
     found = case("painter", run, precision, tmp_path, checkpointing, *(["deep"] if gib else []))
     assert found["problems"] == []
@@ -55,7 +61,7 @@ def test_a_painter_paints_and_learns(run, precision, checkpointing, gib, tmp_pat
             assert found["flops"] == pytest.approx(13.5e12, rel=0.02)  # of a guided pass, for each sample
 
 
-def test_every_reconstructor_judges():
+def test_every_reconstructor_judges(case):
     found = case("reconstructors", "bf16")
     assert found.keys() == {*RECONSTRUCTORS, "mvdream_instantmesh"}
     for name, judged in found.items():
@@ -67,7 +73,7 @@ def test_every_reconstructor_judges():
         assert len(judged["waits"]) < 80, name
 
 
-def test_the_trainer_validates_samples_and_updates(tmp_path):
+def test_the_trainer_validates_samples_and_updates(case, tmp_path):
     found = case("trainer", "mvdream_lgm", "fp16", tmp_path)
     assert found["problems"] == [] and found["kinds"] == ["validation", "epoch", "epoch", "update"]
     assert found["pictures"] == ["0000.png", "0001.png", "epoch_0000.png", "epoch_0001.png", "validation_0000.png"]
@@ -83,7 +89,10 @@ def checkout(tmp_path):
 
 
 def test_faults_are_noticed_from_any_checkout_and_folder(checkout, tmp_path):
-    faults = case("faults", tmp_path / "made", checkout=checkout, folder=tmp_path)["faults"]
+    command = [sys.executable, "-m", "tests.pretend_gpu_cases", "faults", str(tmp_path / "made")]
+    environment = os.environ | {"PYTHONPATH": str(checkout)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    faults = printed(done)["faults"]
     for sound in ("none", "none, with autocast"):
         assert faults[sound]["error"] == "" and faults[sound]["problems"] == [], sound
     for fault in ("cameras on the CPU", "latents on the CPU"):
