@@ -46,7 +46,7 @@ def silhouette_disagreement(views: torch.Tensor, cameras: Cameras) -> torch.Tens
     points = (
         origins[:, None] + directions[:, None] * depths[..., None]
     )  # (rays, depths, 3), in the order of hull's axes
-    found = F.grid_sample(hull[:, None], points.expand(B, 1, *points.shape), mode="nearest", align_corners=False)
+    found = F.grid_sample(hull[None], points[None, None], mode="nearest", align_corners=False)  # objects as channels
     hull_masks = (found.amax(-1) > 0).view(B, V, SILHOUETTE_SIZE, SILHOUETTE_SIZE)
     masks = masks > 0.5
     intersection, union = (hull_masks & masks).sum((-2, -1)), (hull_masks | masks).sum((-2, -1))
@@ -61,11 +61,10 @@ def visual_hull(masks: torch.Tensor, cameras: Cameras) -> torch.Tensor:
     B, V = masks.shape[:2]
     centre = (torch.arange(HULL_CELLS, device=masks.device) + 0.5) / HULL_CELLS * 2 - 1
     z, y, x = torch.meshgrid(centre, centre, centre, indexing="ij")
-    cells = torch.stack([x, y, z], -1).reshape(1, -1, 3).expand(B, -1, 3)
-    places, depth = project(cells, cameras.expand(B))
-    covered = F.grid_sample(masks.flatten(0, 1)[:, None], 2 * places.flatten(0, 1)[:, None] - 1, align_corners=False)
-    seen = (covered.reshape(B, V, -1) > 0.5) & (depth.reshape(B, V, -1) > 0)
-    return seen.all(1).float().view(B, *[HULL_CELLS] * 3)
+    places, depth = project(torch.stack([x, y, z], -1).view(-1, 3), cameras)
+    covered = F.grid_sample(masks.transpose(0, 1), 2 * places[:, None] - 1, align_corners=False)  # objects as channels
+    seen = (covered.view(V, B, -1) > 0.5) & (depth[:, None] > 0)
+    return seen.all(0).float().view(B, *[HULL_CELLS] * 3)
 
 
 @torch.no_grad()

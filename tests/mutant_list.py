@@ -752,8 +752,8 @@ MUTANTS = [
         "mrc/judges.py",
         (
             "a hull of any silhouette",
-            "seen.all(1).float()",
-            "seen.any(1).float()",
+            "seen.all(0).float()",
+            "seen.any(0).float()",
             "test_judges.py::test_the_hull_of_a_sphere_is_a_little_larger_than_the_sphere",
         ),
         (

@@ -24,12 +24,11 @@ from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
 from mrc.rewards import load_mrc
-from recon.tiny_lrm import TinyLRM
 from tests import children
-from tests.tiny_models import flags, make_world, settings
+from tests.tiny_models import flags, make_world, random_lrm, settings
 from tiny.train_painter import make_tokenizer
 from tools import evaluate, plot_sweep
-from tools.rehearsal.checkpoints import LRM, TEXT
+from tools.rehearsal.checkpoints import TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a blue sphere", "a green cone", "a red cube"]
@@ -75,7 +74,7 @@ def world(tmp_path_factory):
     world = make_world(tmp_path_factory.mktemp("world"))
     (world / "prompts.txt").write_text("\n".join(PROMPTS))
     save_clip(world / "clip")
-    TinyLRM(**LRM).save_pretrained(world / "judge")
+    random_lrm().save_pretrained(world / "judge")
     save_loras(world)
     return world
 

@@ -103,7 +103,7 @@ def test_a_step_raises_the_reward_and_can_leave_the_area(world, tmp_path, hold):
 
 def test_the_command(world, tmp_path):
     values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
-    values |= {"num_epochs": 2, "train.kl_per_update": 0.01, "train.kl_calibration_updates": 1}
+    values |= {"num_epochs": 2, "sample.num_steps": 2, "train.kl_per_update": 0.01, "train.kl_calibration_updates": 1}
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
     done = children.command("tiny.exact_gradient", line, tmp_path)
     assert done.returncode == 0, done.stderr

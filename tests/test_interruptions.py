@@ -35,7 +35,7 @@ from ddpo.stopping import CannotWrite, Stopped, Stopping, resume_command
 from prompts.dataset import PromptDataset
 from tests import children
 from tests.test_training import DEADLINE, LORA, ROOT, assert_learnt_alike, metrics, same_files, without_seconds
-from tests.tiny_models import PROMPTS, flags, settings
+from tests.tiny_models import FEW_FILES, PROMPTS, flags, settings
 from tools.rehearsal.checkpoints import LATENT
 
 
@@ -439,7 +439,7 @@ def bad_rewards(values, bad, environment=None):
 
 def test_few_bad_samples_are_left_out_and_saved(world, tmp_path):
     """Validation: call 0, then two batches of 4 per epoch. Epoch 1, the first that learns, has two bad samples."""
-    values = settings(world, tmp_path, max_bad_samples=3, num_epochs=2)
+    values = settings(world, tmp_path, max_bad_samples=3, num_epochs=2, **FEW_FILES)
     assert children.run(children.recorded, tmp_path / "said", bad_rewards, values, {0: (1,), 4: (0, 3)}) == 0
     run, said = tmp_path / "run", (tmp_path / "said").read_text()
     assert "1 of 3 validation prompts got NaN" in said and repr(PROMPTS[1]) in said
@@ -545,7 +545,7 @@ def test_stock_diffusers_paints_the_validation_with_the_code_in_final(whole_run,
     }
     (tmp_path / "fused").mkdir()
     save_file(lora, tmp_path / "fused" / LORA, {"format": "pt"})
-    values = settings(world, tmp_path, pretrained__lora=str(tmp_path / "fused"), train__learning_rate=3e-3)
+    values = settings(world, tmp_path, pretrained__lora=str(tmp_path / "fused"), train__learning_rate=3e-3, **FEW_FILES)
     assert children.run(children.train, values) == 0
     run = tmp_path / "run"
     (code,) = re.findall(r"```python\n(.*?)```", (run / "final/README.md").read_text(), flags=re.DOTALL)

@@ -18,7 +18,7 @@ from diffusers_patch.ddim_with_logprob import _predict_x0_and_noise, ddim_std, m
 from diffusers_patch.rollout import draw_noise, rollout
 from tests import children
 from tests.test_training import metrics
-from tests.tiny_models import GOLDEN_CONFIG, golden_policy, make_world, settings
+from tests.tiny_models import FEW_FILES, GOLDEN_CONFIG, golden_policy, make_world, settings
 
 PROMPTS = GOLDEN_CONFIG["prompts"]
 STEPS = 4
@@ -187,7 +187,7 @@ def test_what_needs_the_gradients_of_every_sample_is_refused_without(tmp_path, k
 
 def test_a_run(tmp_path):
     """The real script with both keys, and with renders of another size than the views."""
-    values = settings(make_world(tmp_path), tmp_path, train__objective="awm", train__hold_foreground=True)
+    values = settings(make_world(tmp_path), tmp_path, train__objective="awm", train__hold_foreground=True, **FEW_FILES)
     assert children.run(children.train, values | {"train.cfg": False, "recon.render_size": 48}) == 0
     updates = metrics(tmp_path / "run", "update")
     assert len(updates) == 2 and all(line["grad_norm"] > 0 for line in updates)

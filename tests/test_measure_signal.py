@@ -69,7 +69,7 @@ def test_gradients_of_paths_are_those_taken_while_painting(policy):
 def test_the_command(tmp_path):
     """On a random painter, which it does not train: every number is there, and finite."""
     world = make_world(tmp_path)
-    line = ["--config=config/base.py", *flags(world, tmp_path), "--config.train.batch_size=4", "--samples=2"]
+    line = ["--config=config/base.py", *flags(world, tmp_path, sample__num_steps=2), "--samples=2"]
     line += [f"--captions={world / 'train.txt'}", f"--out={tmp_path / 'out'}"]
     done = children.command("tools.measure_signal", line, tmp_path)
     assert done.returncode == 0, done.stderr

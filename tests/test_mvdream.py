@@ -22,7 +22,7 @@ from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
 from recon.cameras import Cameras, mvdream_camera_vectors, mvdream_cameras, project
 from tests import children
-from tests.tiny_models import letter_tokenizer, make_mvdream, make_world, settings
+from tests.tiny_models import FEW_FILES, letter_tokenizer, make_mvdream, make_world, settings
 from tiny.train_painter import make_tokenizer
 from tools import convert_mvdream
 from tools.rehearsal.checkpoints import LATENT
@@ -345,6 +345,9 @@ def mvdream_run(world, tmp_path_factory):
         train__total_batch_size=4,
         train__gradients_while_painting=False,
         per_prompt_stat_tracking__min_count=1,
+        prompts__val_file=str(world / "test.txt"),
+        sample__num_steps=2,
+        **FEW_FILES,
     )
     assert children.run(children.train, values) == 0
     return logdir / "run"

@@ -20,7 +20,7 @@ from config import base
 from ddpo.checkpoint import checkpoints, find_checkpoint, load_checkpoint
 from ddpo.pictures import load_views
 from tests import children
-from tests.tiny_models import flags, settings
+from tests.tiny_models import FEW_FILES, flags, settings
 from tools.rehearsal.checkpoints import LATENT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -231,7 +231,7 @@ def assert_learnt_alike(run, other):
 
 def test_two_processes_learn_what_one_learns(whole_run, world, tmp_path):
     """Three validation prompts for two processes."""
-    line = ["--config=config/base.py", *flags(world, tmp_path)]
+    line = ["--config=config/base.py", *flags(world, tmp_path, save_freq=100)]
     done = children.command("carve3d_train", line, tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\nepoch   1") == 1  # one summary line, not one per process
@@ -249,6 +249,7 @@ def test_more_processes_than_validation_prompts(world, tmp_path):
         train__kl_per_update=0.01,
         train__kl_calibration_updates=1,
         train__timesteps_per_forward=4,
+        **FEW_FILES,
     )
     ranks = children.start_ranks(children.train, 2, settings(world, tmp_path, **changes))
     alone = children.start(children.train, settings(world, tmp_path, run_name="alone", **changes))
@@ -302,13 +303,15 @@ def test_on_policy_ratios_are_one_to_the_last_bit(world, tmp_path):
         world,
         tmp_path,
         num_epochs=2,
+        prompts__val_file=str(world / "test.txt"),
+        sample__num_steps=2,
         sample__batch_size=1,
         train__batch_size=1,
-        val_freq=5,
         sample__total_batch_size=4,
         train__total_batch_size=4,
         per_prompt_stat_tracking__min_count=1,
         train__gradients_while_painting=False,
+        **FEW_FILES,
     )
     assert children.run(children.train, values) == 0
     (update,) = metrics(tmp_path / "run", "update")
@@ -332,6 +335,7 @@ def test_every_weight_off_policy_with_the_kl_in_the_loss(world, tmp_path):
         tracker="tensorboard",
         sample__prompt_suffix=", white background",
         shuffle_advantages=True,
+        **FEW_FILES,
     )
     assert children.run(children.train, values) == 0
     run = tmp_path / "run"
@@ -367,6 +371,7 @@ def test_the_small_world_s_settings(whole_run, world, tmp_path):
         tracker="wandb",
         mrc__bbox_lpips=False,
         train__adv_clip_max=3.0,
+        **FEW_FILES,
     )
     environment = {"HOME": str(tmp_path), "WANDB_MODE": None, "WANDB_API_KEY": None, "NETRC": None}
     assert children.run(children.train, values, environment) == 0
@@ -382,7 +387,7 @@ def test_the_small_world_s_settings(whole_run, world, tmp_path):
 
 
 def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
-    plain = dict(sample__guidance_scale=1.0, val_freq=5)
+    plain = dict(sample__guidance_scale=1.0, **FEW_FILES)
     no_reference = settings(
         world,
         tmp_path,
@@ -395,9 +400,7 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
         sample__save_images=0,
         **plain,
     )
-    spent = settings(
-        world, tmp_path, run_name="spent", stop_kl=1e-9, kl_estimator="analytic", num_epochs=50, save_freq=10, **plain
-    )
+    spent = settings(world, tmp_path, run_name="spent", stop_kl=1e-9, kl_estimator="analytic", num_epochs=50, **plain)
     processes = [children.start(children.train, values) for values in (no_reference, spent)]
     for process in processes:
         process.join(DEADLINE)
@@ -408,7 +411,7 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     # the first update is made in epoch 1, so the KL is seen in epoch 2
     assert [line["epoch"] for line in metrics(tmp_path / "spent", "epoch")] == [0, 1, 2]
     assert [folder.name for folder in checkpoints(tmp_path / "spent")] == ["checkpoint_0000", "checkpoint_0003"]
-    resumed = dict(resume_from=str(tmp_path / "spent"), save_freq=10, num_epochs=50, stop_kl=1e-9, **plain)
+    resumed = dict(resume_from=str(tmp_path / "spent"), num_epochs=50, stop_kl=1e-9, **plain)
     assert children.run(children.train, settings(world, tmp_path, kl_estimator="analytic", **resumed)) == 0
     assert [line["epoch"] for line in metrics(tmp_path / "spent", "epoch")] == [0, 1, 2]  # it stays stopped
 

@@ -114,10 +114,13 @@ def make_mvdream(folder):
     return folder
 
 
+FEW_FILES = dict(save_freq=100, val_freq=100)  # what is saved and validated at the end, and a validation at the start
+
+
 def settings(world, logdir, **changes):
     """{key: value} below `config` for a run of seconds: 3 epochs of 8 samples and 4 steps, one update per epoch.
 
-    changes: other values, with __ for the dot, as in train__batch_size=2."""
+    `FEW_FILES` makes it a quicker one. changes: other values, with __ for the dot, as in train__batch_size=2."""
     values = {
         "run_name": "run",
         "logdir": str(logdir),
