@@ -389,14 +389,6 @@ def test_every_bad_input_gets_one_sentence(section, bad, tmp_path):
     assert not found, "\n".join(found)
 
 
-def test_a_mistake_is_told_through_the_shell_once(bad):
-    """With "processes that cannot share" of `LAUNCH` that is all that the shell adds: the device and the processes."""
-    found = answers(
-        [row for row in FLAGS if row.name == "fp16 without a GPU"], lambda row: through_the_shell(row, bad), bad
-    )
-    assert not found, "\n".join(found)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("section", TABLE)
 def test_every_bad_input_through_the_shell(section, bad):

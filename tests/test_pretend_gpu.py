@@ -79,20 +79,30 @@ def test_the_trainer_validates_samples_and_updates(case, tmp_path):
     assert found["pictures"] == ["0000.png", "0001.png", "epoch_0000.png", "epoch_0001.png", "validation_0000.png"]
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """A copy of what the cases need, in a folder whose name has a space."""
-    copy = tmp_path / "a checkout"
-    for room in ("config", "ddpo", "diffusers_patch", "mrc", "prompts", "recon", "tests", "tools"):
-        shutil.copytree(ROOT / room, copy / room, ignore=shutil.ignore_patterns("__pycache__", "golden"))
-    return copy
+WHERE = """
+import json
+import tools.pretend_gpu
+import torch
+from tools.pretend_gpu.watch import place
+with torch._subclasses.FakeTensorMode():
+    print(json.dumps([str(torch.ones(2, device="cuda").device), place()]))
+"""
 
 
-def test_faults_are_noticed_from_any_checkout_and_folder(checkout, tmp_path):
-    command = [sys.executable, "-m", "tests.pretend_gpu_cases", "faults", str(tmp_path / "made")]
+def test_it_is_found_from_any_checkout_and_folder(tmp_path):
+    """In a copy, in a folder whose name has a space."""
+    checkout = tmp_path / "a checkout"
+    for room in ("config", "tools"):
+        shutil.copytree(ROOT / room, checkout / room, ignore=shutil.ignore_patterns("__pycache__"))
+    (checkout / "where.py").write_text(WHERE)
+    command = [sys.executable, "-m", "where"]
     environment = os.environ | {"PYTHONPATH": str(checkout)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    faults = printed(done)["faults"]
+    assert printed(done) == ["cuda:0", "where.py:7"]
+
+
+def test_faults_are_noticed(case, tmp_path):
+    faults = case("faults", tmp_path / "made")["faults"]
     for sound in ("none", "none, with autocast"):
         assert faults[sound]["error"] == "" and faults[sound]["problems"] == [], sound
     for fault in ("cameras on the CPU", "latents on the CPU"):

@@ -129,7 +129,7 @@ def test_golden_update(name, monkeypatch):
     """A tolerance is what rounding does on the CPU at hand: ROUNDINGS times the change by an ulp of the weights."""
     case = CASES[name]
     run = golden_run(case, monkeypatch)
-    others = [golden_run(case, monkeypatch, by_an_ulp=seed) for seed in range(3)]
+    others = [golden_run(case, monkeypatch, by_an_ulp=seed) for seed in range(2)]
     moved = {key: max(float((run.terms[key] - other.terms[key]).abs().max()) for other in others) for key in run.terms}
     # if rounding reached a clip decision (ratio - 1 moves as log_prob does), the bounds below would hold nothing
     assert moved["log_prob"] < case["min_distance_of_abs_ratio_minus_1_to_clip_range"]

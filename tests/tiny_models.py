@@ -5,6 +5,7 @@ the trainer's flags for them. `golden_policy()` is the painter of the golden rol
 `SMALL_RECONSTRUCTORS` makes one of every kind, with random weights.
 """
 
+import functools
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,9 +204,15 @@ class StoredTokens:
         return SimpleNamespace(input_ids=torch.stack([self.rows[prompt] for prompt in prompts]))
 
 
+@functools.cache
+def golden_tensors(name):
+    """Those of tests/golden/`name`.safetensors, read once. Not to be changed."""
+    return load_file(GOLDEN / f"{name}.safetensors")
+
+
 def golden_policy():
     """The painter of tests/golden/sdxl_rollout* and ppo_step*, without LoRA and without a reference of its own."""
-    config, tokens = GOLDEN_CONFIG, load_file(GOLDEN / "sdxl_rollout.safetensors")
+    config, tokens = GOLDEN_CONFIG, golden_tensors("sdxl_rollout")
     parts = {
         "unet": UNet2DConditionModel(**config["unet"]),
         "vae": AutoencoderKL(**config["vae"]),
@@ -213,7 +220,7 @@ def golden_policy():
         "text_encoder_2": CLIPTextModelWithProjection(CLIPTextConfig(**config["text_encoder_2"])),
     }
     for name, part in parts.items():
-        weights = load_file(GOLDEN / f"tiny_{'vae_decoder' if name == 'vae' else name}.safetensors")
+        weights = golden_tensors(f"tiny_{'vae_decoder' if name == 'vae' else name}")
         if name == "text_encoder":  # the name that this model's weights had in transformers 4
             weights = {key.removeprefix("text_model."): value for key, value in weights.items()}
         problems = part.load_state_dict(weights, strict=False)
