@@ -29,6 +29,8 @@ def missing():
 
 
 def pytest_collection_modifyitems(items):
+    # first, and thus in one of pytest-xdist's workers: they are long, and share a process that takes seconds to start
+    items.sort(key=lambda item: item.get_closest_marker("pretend_gpu") is None)
     reasons = missing()
     for item in items:
         for marker in item.iter_markers():

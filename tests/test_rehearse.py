@@ -7,7 +7,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -24,11 +23,11 @@ from recon.grm_checkpoint import convert
 from recon.lgm import LGM
 from recon.openlrm import OpenLRM
 from tests import children
+from tests.tiny_models import GOLDEN
 from tools import rehearse
 from tools.rehearsal import checkpoints as writers
 from tools.rehearse import PROCESSES, Rehearsal
 
-GOLDEN = Path(__file__).parent / "golden"
 # as config/dgx.py itself shows them, with arguments
 RUNS = sorted(set(re.findall(r"config/dgx\.py:(\w+(?:\([\d.]+\))?)", dgx.__doc__)))
 
