@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["carve3d_train", "tests.children"])
+CONTEXT.set_forkserver_preload(["carve3d_train", "pytest", "tests.tiny_models", "tests.children"])
 
 
 def start(function, *args):

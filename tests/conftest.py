@@ -28,9 +28,14 @@ def missing():
     return reasons
 
 
+def place(item):
+    """Where a test comes. First those that share what takes seconds and are long, so that they are tried by one of
+    pytest-xdist's workers: those that fork from the process with the pretend GPU, and those that look at the whole run."""
+    return (item.get_closest_marker("pretend_gpu") is None, "whole_run" not in item.fixturenames)
+
+
 def pytest_collection_modifyitems(items):
-    # first, and thus in one of pytest-xdist's workers: they are long, and share a process that takes seconds to start
-    items.sort(key=lambda item: item.get_closest_marker("pretend_gpu") is None)
+    items.sort(key=place)
     reasons = missing()
     for item in items:
         for marker in item.iter_markers():

@@ -154,7 +154,7 @@ def test_what_a_conversion_drops_is_noticed():
 @pytest.mark.parametrize("name", PARTS)
 def test_a_missing_weight_is_named(name):
     weights = {key: value.to("meta") for key, value in TINY.weights.items()}
-    for key in [key for key in weights if key.startswith(PARTS[name].prefix) and key not in NOT_NEEDED][::17]:
+    for key in [key for key in weights if key.startswith(PARTS[name].prefix) and key not in NOT_NEEDED][::41]:
         with pytest.raises(ValueError, match=r"given.pth (does not hold the|lacks).*: give the complete") as error:
             convert_instant3d({k: v for k, v in weights.items() if k != key}, TINY.configs, "given.pth")
         assert name in str(error.value) or key in str(error.value)
