@@ -29,8 +29,8 @@ def missing():
 
 
 def place(item):
-    """Where a test comes. First those that share what takes seconds and are long, so that they are tried by one of
-    pytest-xdist's workers: those that fork from the process with the pretend GPU, and those that look at the whole run."""
+    """Where a test comes. First the long ones that share what takes seconds, so that one of pytest-xdist's workers
+    makes it: those that fork from the process with the pretend GPU, and those that look at the whole run."""
     return (item.get_closest_marker("pretend_gpu") is None, "whole_run" not in item.fixturenames)
 
 
