@@ -90,12 +90,12 @@ def test_the_reward_is_that_of_mrc_and_the_area_nearly_the_foreground(world, tmp
 def test_a_step_raises_the_reward_and_can_leave_the_area(world, tmp_path, hold):
     config = configuration(world, tmp_path, "mvdream", train__hold_foreground=hold, train__learning_rate=1e-4)
     ascent = Ascent(config, 1000)
-    before = parameters_to_vector(ascent.policy.trainable_parameters()).detach()
+    before = parameters_to_vector(ascent.parameters).detach()
     generator = torch.Generator().manual_seed(0)
     area = torch.randn(len(before), generator=generator)
     reward = torch.randn(len(before), generator=generator) + area
     ascent.step(reward, area)
-    step = parameters_to_vector(ascent.policy.trainable_parameters()).detach() - before
+    step = parameters_to_vector(ascent.parameters).detach() - before
     assert F.cosine_similarity(step, reward, dim=0) > 0.4
     grown = float(F.cosine_similarity(step, area, dim=0))
     assert abs(grown) < 1e-4 if hold else grown > 0.4
@@ -107,8 +107,8 @@ def test_the_command(world, tmp_path):
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
     done = children.command("tiny.exact_gradient", line, tmp_path)
     assert done.returncode == 0, done.stderr
-    scores = json.loads((tmp_path / "run/validation/epoch_0002/scores.json").read_text())
-    assert {"prompts", "rewards", "silhouettes", "held_out"} <= set(scores)
+    found = json.loads((tmp_path / "run/exact_gradient.json").read_text())
+    assert {"reward", "silhouettes", "held_out", "foreground", "diversity"} <= set(found)
     lines = metrics(tmp_path / "run")
     assert [(line["kind"], line["epoch"]) for line in lines] == [
         ("validation", 0), ("epoch", 0), ("update", 0), ("epoch", 1), ("update", 1), ("validation", 2)
