@@ -1,0 +1,5 @@
+"""The small world."""
+
+import os
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # or its import names every optional package that is missing
