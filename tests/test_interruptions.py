@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from config import base
 from config.errors import UserError
-from config.validate import validate
+from config.validate import ROOT, validate
 from ddpo.calibration import StepCalibration
 from ddpo.checkpoint import checkpoints, damage, find_checkpoint
 from ddpo.files import append_whole, whole
@@ -34,7 +34,7 @@ from ddpo.sampling import VALIDATION, make_generator
 from ddpo.stopping import CannotWrite, Stopped, Stopping, resume_command
 from prompts.dataset import PromptDataset
 from tests import children
-from tests.test_training import DEADLINE, LORA, ROOT, assert_learnt_alike, metrics, same_files, without_seconds
+from tests.test_training import DEADLINE, LORA, assert_learnt_alike, metrics, same_files, without_seconds
 from tests.tiny_models import FEW_FILES, PROMPTS, flags, settings
 from tools.rehearsal.checkpoints import LATENT
 

@@ -6,7 +6,6 @@ import os
 import random
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,7 +22,6 @@ from tests import children
 from tests.tiny_models import FEW_FILES, flags, settings
 from tools.rehearsal.checkpoints import LATENT
 
-ROOT = Path(__file__).resolve().parents[1]
 LORA = "pytorch_lora_weights.safetensors"
 DEADLINE = 600  # seconds; a run takes a few, but machines are busy
 
