@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from scipy.stats import sem, ttest_rel
 
 from config.errors import UserError
+from config.validate import flatten
 from ddpo.files import write_whole
 
 BASE = "base"  # the model without a LoRA, with which the others are compared
@@ -22,6 +24,24 @@ SWEPT = {  # the keys that the paper's sweeps change, in words
 }
 JUDGES = {"silhouettes": "silhouettes ↓", "held_out": "held-out view ↓", "judge": "judge ↓"}
 FURTHER = {**JUDGES, "diversity": "diversity ↑", "clip": "CLIP ↑"}  # columns of the table that there may be
+# The keys, and beginnings of keys, that samples and their rewards depend on, and those among them that change nothing,
+# so that they may be lowered if memory is short.
+RELEVANT = ("painter.", "pretrained.", "sample.", "recon.", "mrc.", "mixed_precision", "allow_tf32")
+IRRELEVANT = (
+    "sample.total_batch_size",
+    "sample.batch_size",
+    "sample.num_batches_per_epoch",
+    "sample.decode_batch_size",
+    "sample.save_images",
+    "recon.chunk_size",
+    "recon.device",
+)
+
+
+def relevant_keys(config: ConfigDict, *further: str) -> dict[str, object]:
+    """{"config.KEY": value} of all keys that samples and their rewards depend on; further: others, or beginnings."""
+    keys = {key: value for key, value in flatten(config).items() if key.startswith((*RELEVANT, *further))}
+    return {f"config.{key}": value for key, value in keys.items() if key not in IRRELEVANT}
 
 
 class Parts:
@@ -125,8 +145,9 @@ def summarise(
 ) -> dict[str, dict]:
     """{model: what `models` says of it, {quantity: its `statistics`}, and all numbers (prompts, samples) in "samples"}.
 
-    rows: see `Parts.rows`; models: BASE is the first of them."""
-    quantities = list(rows[BASE, 0])
+    rows: see `Parts.rows`; models: BASE is the first of them. A quantity that not all rows have, because batches were
+    made smaller between them, is left out."""
+    quantities = [name for name in rows[BASE, 0] if all(name in row for row in rows.values())]
     summary, base = {}, {}
     for model, about in models.items():
         in_order = [rows[model, i] for i in range(num_prompts * samples)]

@@ -6,9 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from config import base
 from prompts.dataset import load_prompts
+from tests.tiny_models import make_world, settings
 from tools import curate_prompts
 from tools.curate_prompts import Scores, score_all, write_ranking
 
@@ -74,8 +76,34 @@ def test_the_command_trains_on_what_it_kept(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--keep is 4 but .* has 3 prompts"):
         curate_prompts.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=2, keep=4))
     monkeypatch.setattr(curate_prompts, "painter_score", None)  # other settings are refused before models are loaded
-    with pytest.raises(ValueError, match="was made with other settings .samples.: remove it to start again"):
+    with pytest.raises(ValueError, match="was made with other settings .--samples.: remove it to start again"):
         curate_prompts.main(SimpleNamespace(config=config, out=str(out), candidates=str(candidates), samples=3, keep=1))
+
+
+def test_candidates_are_given_once(tmp_path):
+    (tmp_path / "candidates.txt").write_text("a cup\na hat\na cup\n")
+    args = dict(config=base.get_config(), out=str(tmp_path / "out"), samples=1, keep=1)
+    with pytest.raises(ValueError, match="has 'a cup' more than once"):
+        curate_prompts.main(SimpleNamespace(candidates=str(tmp_path / "candidates.txt"), **args))
+
+
+def test_a_prompt_may_have_characters_that_end_lines(tmp_path):
+    prompt = "a cup\u2028of tea\x85"
+    for _ in range(2):  # the second time from the file
+        found = score_all([prompt], lambda index, prompt: Scores([-0.5], [False]), tmp_path, {})
+        assert found == {prompt: Scores([-0.5], [False])}
+
+
+def test_samples_are_painted_in_batches(tmp_path):
+    """The noise of a sample does not depend on the others, so neither do the rewards."""
+    world, found = make_world(tmp_path), []
+    for batch in (3, 2):
+        config = base.get_config()
+        with config.unlocked():
+            config.update_from_flattened_dict(settings(world, tmp_path, sample__batch_size=batch))
+        found.append(curate_prompts.painter_score(config, 3, torch.device("cpu"))(7, "a red cube"))
+    assert found[0].rewards == pytest.approx(found[1].rewards, abs=1e-5) and len(set(found[0].rewards)) == 3
+    assert found[0].empty == found[1].empty and len(found[0].empty) == 3
 
 
 def test_unrankable_rewards_are_refused(tmp_path):

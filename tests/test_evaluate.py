@@ -17,7 +17,7 @@ from scipy.stats import ttest_rel
 from transformers import CLIPConfig, CLIPModel
 
 from config import base, cli
-from ddpo.evaluation import Parts, batches, paired_p_value, statistics, summarise, table
+from ddpo.evaluation import Parts, batches, paired_p_value, relevant_keys, statistics, summarise, table
 from ddpo.sampling import EVALUATION, make_generator
 from diffusers_patch.checks import LORA_FILE
 from diffusers_patch.loading import load_painter
@@ -174,7 +174,17 @@ def test_the_table():
     assert lines[3].startswith("| a/final | 0.375 ± 0.125 | -0.125 ± 0.125 | 0.5 | 1.0e-04 | +20.0 % | 100.0 % |")
     assert lines[3].endswith("| 0.500 ± 0.000 (+0.000 ± 0.000) | 0.250 ± 0.000 (+0.000 ± 0.000) |")
     without = {key: {k: v for k, v in row.items() if k not in ("judge", "clip")} for key, row in rows.items()}
+    rows["a/final", 1].pop("clip")
+    assert "CLIP" not in table(summarise(rows, {"base": {}, "a/final": {}}, 2, 1))  # not of all samples
     assert "CLIP" not in table(summarise(without, {"base": {}, "a/final": {}}, 2, 1))
+
+
+def test_what_samples_depend_on():
+    """Where the chain starts counts, how many samples are painted at a time does not."""
+    keys = relevant_keys(base.get_config(), "kl_estimator")
+    assert keys["config.sample.initial_latents"] == "noise" and keys["config.kl_estimator"] == "log_ratio"
+    assert {"config.sample.blob_std", "config.sample.guidance_rescale", "config.recon.name"} < keys.keys()
+    assert not {"config.sample.batch_size", "config.recon.device", "config.seed"} & keys.keys()
 
 
 def test_what_is_left_and_printed(world, out, models):

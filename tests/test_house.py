@@ -32,6 +32,12 @@ def imported_rooms(file):
     return {name.split(".")[0] for name in names} & FLOOR.keys()
 
 
+def called(file):
+    """The names of the functions that a Python file calls, each with a bracket behind it."""
+    calls = [node.func for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Call)]
+    return {f"{call.id}(" for call in calls if isinstance(call, ast.Name)}
+
+
 def room_imports():
     """{room: {imported room: files that do so}}"""
     found = {room: {} for room in FLOOR}
@@ -59,6 +65,12 @@ def test_rooms_do_not_import_in_a_circle():
 
 def test_the_trainer_is_imported_by_nobody():
     assert not [room for room, others in room_imports().items() if "carve3d_train" in others]
+
+
+def test_every_command_that_judges_a_painter_compares_their_cameras():
+    commands = [ROOT / "carve3d_train.py", *(ROOT / "tools").glob("*.py"), *(ROOT / "tiny").glob("*.py")]
+    judging = [file for file in commands if {"load_painter(", "load_reward("} <= called(file)]
+    assert len(judging) >= 4 and all("check_cameras(" in called(file) for file in judging)
 
 
 def test_light_modules_import_no_model_library():

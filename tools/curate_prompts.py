@@ -20,6 +20,7 @@ import csv
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,8 +32,11 @@ from ml_collections import ConfigDict
 from config import cli
 from config.errors import UserError
 from config.validate import check_folder, validate
+from ddpo.evaluation import relevant_keys
 from ddpo.progress import Progress
-from ddpo.setup import start_accelerator
+from ddpo.sampling import EVALUATION, make_generator
+from ddpo.setup import set_arithmetic, start_accelerator
+from diffusers_patch.checks import check_cameras
 from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.rewards import load_reward
@@ -115,7 +119,7 @@ def write_ranking(results: dict[str, Scores], out: str | Path, keep: int) -> lis
 
 
 def _append(file, line: dict) -> None:
-    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+    file.write(json.dumps(line) + "\n")
     file.flush()
 
 
@@ -145,7 +149,8 @@ def read_results(folder: Path, settings: dict) -> dict[str, Scores]:
 def painter_score(config: ConfigDict, samples: int, device: torch.device) -> Callable[[int, str], Scores]:
     """A `score` for `score_all`: the rewards of `samples` pictures of a prompt by the base painter.
 
-    The noise depends on the seed and the prompt's index alone, so an interrupted run ends with the same ranking.
+    The noise depends on the seed, the prompt's index and the sample's alone, so an interrupted run ends with the same
+    ranking.
     """
     reward_fn = load_reward(config, device)
     policy = load_painter(config, device)
@@ -153,11 +158,15 @@ def painter_score(config: ConfigDict, samples: int, device: torch.device) -> Cal
 
     @torch.no_grad()
     def score(index: int, prompt: str) -> Scores:
-        generator = torch.Generator(device).manual_seed(config.seed + index)
-        painted = [prompt + sample.prompt_suffix] * samples
-        trajectory = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generator)
-        result = reward_fn(trajectory.views, [prompt] * samples)
-        return Scores(result.reward.tolist(), result.empty.any(1).tolist())
+        scores = Scores([], [])
+        for some in torch.arange(samples).split(sample.batch_size):
+            generators = [make_generator(config.seed, EVALUATION, index, s) for s in some.tolist()]
+            painted = [prompt + sample.prompt_suffix] * len(some)
+            trajectory = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generators)
+            result = reward_fn(trajectory.views, [prompt] * len(some))
+            scores.rewards += result.reward.tolist()
+            scores.empty += result.empty.any(1).tolist()
+        return scores
 
     return score
 
@@ -174,6 +183,9 @@ def main(args) -> None:
     config, out = args.config, Path(args.out)
     check_folder("--out", out)
     candidates = load_prompts(args.candidates)
+    repeated = [prompt for prompt, count in Counter(candidates).items() if count > 1]
+    if repeated:
+        raise UserError(f"{args.candidates} has {repeated[0]!r} more than once: leave every prompt in once")
     if not 1 <= args.keep <= len(candidates):
         raise UserError(
             f"--keep is {args.keep} but {args.candidates} has {len(candidates)} prompts: keep between 1 and "
@@ -183,24 +195,11 @@ def main(args) -> None:
     config.prompts.num_train = 0
     config.tracker = "none"
     accelerator = start_accelerator(config)
+    set_arithmetic(config)
     validate(config, 1, accelerator.device.type)  # as for one process: the prompts need not be shared evenly
+    check_cameras(config)
 
-    settings = {
-        "pretrained": config.pretrained.to_dict(),
-        "painter": config.painter.to_dict(),
-        "seed": config.seed,
-        "reward_fn": config.reward_fn,
-        "recon": config.recon.to_dict(),
-        "mrc": config.mrc.to_dict(),
-        "num_steps": config.sample.num_steps,
-        "guidance_scale": config.sample.guidance_scale,
-        "eta": config.sample.eta,
-        "initial_latents": config.sample.initial_latents,
-        "blob_std": config.sample.blob_std,
-        "prompt_suffix": config.sample.prompt_suffix,
-        "candidates": candidates,
-        "samples": args.samples,
-    }
+    settings = {"--candidates": candidates, "--samples": args.samples, **relevant_keys(config, "seed", "reward_fn")}
     read_results(out, settings)  # refuses those of other settings before anything is loaded
     score = painter_score(config, args.samples, accelerator.device)
     with Progress("curating", len(candidates), "prompts", accelerator.is_local_main_process) as progress:

@@ -6,7 +6,7 @@
 --prompts           file with the prompts (config.prompts.test_file)
 --samples           how often each prompt is painted (4)
 --pictures          how many of the prompts are shown, from the first (8)
---judge             another reconstructor that judges the same views: tiny_lrm, lgm, grm or openlrm
+--judge             another reconstructor that judges the same views, by its config.recon.name
 --judge_checkpoint  its weights
 --clip              folder or hub id of a CLIP that compares the views with their caption
 --out               folder for the results (logs/evaluate)
@@ -51,14 +51,14 @@ from PIL import Image
 from config import cli
 from config.errors import UserError
 from config.validate import ANY_CAMERAS, CHOICES, check_folder, flatten, validate
-from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, summarise, table
+from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, relevant_keys, summarise, table
 from ddpo.files import whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.progress import Progress
 from ddpo.report import write_table
 from ddpo.run_log import ROWS
 from ddpo.sampling import EVALUATION, make_generator
-from ddpo.setup import start_accelerator
+from ddpo.setup import set_arithmetic, start_accelerator
 from ddpo.steps import draw_reference_steps
 from diffusers_patch.checks import KINDS, LORA_FILE, check_cameras, painter_cameras, read_lora
 from diffusers_patch.loading import load_painter
@@ -70,20 +70,6 @@ from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 from recon import reconstructor_cameras
 from recon.cameras import camera_disagreement
-
-# The keys that the numbers depend on. Not among them: sample.batch_size, which may be lowered if memory is short.
-SECTIONS = ("painter.", "pretrained.", "lora.", "recon.", "mrc.")
-KEYS = (
-    "sample.num_steps",
-    "sample.eta",
-    "sample.guidance_scale",
-    "sample.guidance_rescale",
-    "sample.prompt_suffix",
-    "train.skip_last_steps",
-    "kl_estimator",
-    "mixed_precision",
-    "allow_tf32",
-)
 
 
 def read_loras(folders: Sequence[str]) -> dict[str, dict]:
@@ -145,12 +131,6 @@ def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -
     return judge
 
 
-def relevant_keys(config: ConfigDict) -> dict[str, object]:
-    """{"config.KEY": value} of all keys that the numbers depend on."""
-    keys = flatten(config)
-    return {f"config.{key}": value for key, value in keys.items() if key in KEYS or key.startswith(SECTIONS)}
-
-
 def load_measure(
     config: ConfigDict, judge: ConfigDict | None, clip: str | None, several: bool, device: torch.device
 ) -> Callable:
@@ -168,7 +148,7 @@ def load_measure(
         if second:
             values["judge"] = -second(views, captions).reward
         if several:
-            values["diversity"] = diversity(views, captions, first.judge.lpips)
+            values["diversity"] = diversity(views.to(first.judge.reconstructor.device), captions, first.judge.lpips)
         if similarity:
             values["clip"] = similarity(views, captions)
         return values, resize_views(result.renders, views.shape[-1])
@@ -207,10 +187,11 @@ class Evaluation:
             "--judge_checkpoint": args.judge_checkpoint,
             "--clip": args.clip,
         }
-        self.parts = Parts(out / "parts", given | relevant_keys(config))
+        keys = relevant_keys(config, "lora.", "train.skip_last_steps", "kl_estimator")
+        self.parts = Parts(out / "parts", given | keys)
         self.shown = {p * samples: p for p in range(min(args.pictures, len(self.prompts)))}  # sample -> prompt
 
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.allow_tf32
+        set_arithmetic(config)
         several = 1 < samples <= config.sample.batch_size
         self.measure = load_measure(config, judge, args.clip, several, device)
         self.policy = load_painter(config, device)
