@@ -5,12 +5,15 @@ import json
 import pytest
 import torch
 
+from config import base
+from config.errors import UserError
 from ddpo.steps import draw_trained_steps
 from diffusers_patch.rollout import rollout
 from tests import children
 from tests.test_matching import PROMPTS, STEPS, configuration, generators
 from tests.test_matching import policy as policy  # a fixture
-from tests.tiny_models import flags, make_world
+from tests.tiny_models import flags, make_world, settings
+from tools import measure_signal
 from tools.measure_signal import correlation, path_gradients, signal, table, update_step, within
 
 
@@ -64,6 +67,36 @@ def test_gradients_of_paths_are_those_taken_while_painting(policy):
     trajectory = rollout(policy, PROMPTS, STEPS, 3.0, 1.0, generators(), gradient_weights=weights)
     found = path_gradients(policy, trajectory, weights, config)
     assert (found - trajectory.gradients).norm() < 1e-4 * found.norm()
+
+
+def test_gradients_do_not_underflow_in_half_precision(policy, monkeypatch):
+    """Losses as small as those of a large latent are scaled up for the backward pass alone."""
+    config = configuration(objective="ddpo", skip_last_steps=1)
+    weights = draw_trained_steps(policy.scheduler, config)
+    trajectory = rollout(policy, PROMPTS, STEPS, 3.0, 1.0, generators())
+    wanted = path_gradients(policy, trajectory, weights, config)
+    seen = []
+
+    def backward(loss):
+        seen.append(loss.item())
+        torch.autograd.backward(loss)
+
+    monkeypatch.setattr(torch.Tensor, "backward", backward)
+    found = path_gradients(policy, trajectory, weights, config)
+    monkeypatch.setattr(measure_signal, "SCALE", 1.0)
+    path_gradients(policy, trajectory, weights, config)
+    steps = len(seen) // 2
+    assert seen[:steps] == pytest.approx([65536 * loss for loss in seen[steps:]]) and torch.equal(found, wanted)
+
+
+def test_gradients_that_are_not_finite_are_refused(tmp_path, monkeypatch):
+    world = make_world(tmp_path)
+    config = base.get_config()
+    with config.unlocked():
+        config.update_from_flattened_dict(settings(world, tmp_path, sample__num_steps=2))
+    monkeypatch.setattr(measure_signal, "SCALE", float("inf"))
+    with pytest.raises(UserError, match="gradients .path, ddpo, awm guided, awm. are not finite .* set it to 'bf16'"):
+        measure_signal.paint(config, PROMPTS, 1, torch.device("cpu"))
 
 
 def test_the_command(tmp_path):

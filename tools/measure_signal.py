@@ -51,7 +51,12 @@ from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 
 HALVES = 24  # random halves of the captions
+SCALE = 2.0**16  # of losses, as a loss scaler's: in half precision gradients would underflow
 FLOOR = 1e-3  # of the mean square of a gradient, below which Adam's denominator is not let
+
+
+def backward(loss: torch.Tensor) -> None:
+    (SCALE * loss).backward()
 
 
 def path_gradients(
@@ -68,15 +73,16 @@ def path_gradients(
             _, log_prob = ddim_step_with_logprob(
                 policy.scheduler, output, old.timesteps, old.latents, sample.eta, prev_sample=old.next_latents
             )
-            (weight * log_prob.sum()).backward()
-        return gradients.flatten()
+            backward(weight * log_prob.sum())
+        return gradients.flatten() / SCALE
 
 
 def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: torch.device) -> dict[str, torch.Tensor]:
     """Paint every caption `samples` times: {name: (N, ...)} in host memory.
 
     "caption" (N,) its number; "reward", "area" and each judge (N,), more is better; "path" (N, P) gradients of the
-    log-probability of the trained steps, and "ddpo", "awm guided", "awm" (N, P) those that a run would learn from."""
+    log-probability of the trained steps, and "ddpo", "awm guided", "awm" (N, P) those that a run would learn from.
+    Raises UserError if a gradient is not finite."""
     policy, reward_fn = load_painter(config, device), load_reward(config, device)
     make_trainable(policy, config)
     sample, found = config.sample, {}
@@ -92,7 +98,7 @@ def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: tor
         generators = [make_generator(0, EVALUATION, c, s) for c, s in part]
         texts = [prompt + sample.prompt_suffix for prompt in prompts]
         steps = sample.num_steps, sample.guidance_scale, sample.eta
-        trajectory = rollout(policy, texts, *steps, generators, gradient_weights=learned)
+        trajectory = rollout(policy, texts, *steps, generators, gradient_weights=learned, backward=backward)
         result = getattr(reward_fn, "judged", reward_fn)(trajectory.views, prompts)
         columns = {
             "caption": torch.tensor([c for c, _ in part]),
@@ -100,13 +106,19 @@ def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: tor
             "foreground": result.foreground,
             **{name: -value for name, value in result.judges.items()},
             "path": path_gradients(policy, trajectory, every, config),
-            "ddpo": trajectory.gradients,
-            "awm guided": matching_gradients(policy, trajectory, learned, generators, guided, torch.Tensor.backward),
-            "awm": matching_gradients(policy, trajectory, learned, generators, alone, torch.Tensor.backward),
+            "ddpo": trajectory.gradients / SCALE,
+            "awm guided": matching_gradients(policy, trajectory, learned, generators, guided, backward) / SCALE,
+            "awm": matching_gradients(policy, trajectory, learned, generators, alone, backward) / SCALE,
         }
         for name, value in columns.items():
             found.setdefault(name, []).append(value.detach().cpu())
     found = {name: torch.cat(values) for name, values in found.items()}
+    broken = [name for name in ("path", "ddpo", "awm guided", "awm") if not found[name].isfinite().all()]
+    if broken:
+        raise UserError(
+            f"gradients ({', '.join(broken)}) are not finite with config.mixed_precision = "
+            f"{config.mixed_precision!r}: set it to 'bf16' or 'no'"
+        )
     every_one = np.ones(len(found["caption"]), bool)
     area = relative_area(found.pop("foreground").numpy(), found["caption"].numpy(), every_one)
     return {"caption": found.pop("caption"), "reward": found.pop("reward"), "area": area, **found}
