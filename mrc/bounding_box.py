@@ -11,6 +11,13 @@ def foreground_mask(images: torch.Tensor) -> torch.Tensor:
     return (images < BACKGROUND).any(dim=-3)
 
 
+def is_empty(foreground: torch.Tensor, min_foreground: float) -> torch.Tensor:
+    """Which views show nothing: foreground, any shape, the share of a view that is foreground -> bool of that shape.
+
+    min_foreground: a smaller share counts as none, in [0, 1)."""
+    return (foreground == 0) | (foreground < min_foreground)
+
+
 def compute_bounding_box(images: torch.Tensor) -> torch.Tensor:
     """The tight box of the foreground: images (..., 3, H, W) in [0, 1] -> (..., 4) int64.
 

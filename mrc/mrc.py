@@ -19,6 +19,7 @@ from mrc.bounding_box import (
     compute_bounding_box,
     crop_box,
     foreground_mask,
+    is_empty,
     make_square_bbox,
     object_is_cut,
 )
@@ -153,7 +154,7 @@ def view_distances(
 
 def _result(views, renders, distances, min_foreground, empty_view_reward):
     foreground = foreground_mask(views.float()).float().mean(dim=(-2, -1))
-    empty = (foreground == 0) | (foreground < min_foreground)
+    empty = is_empty(foreground, min_foreground)
     reward = -distances.nanmean(dim=1)
     if empty_view_reward is not None:
         reward = reward.masked_fill(empty.any(dim=1), empty_view_reward)

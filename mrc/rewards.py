@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from ml_collections import ConfigDict
 
-from mrc.bounding_box import foreground_mask
+from mrc.bounding_box import foreground_mask, is_empty
 from mrc.judges import judge_views
 from mrc.lpips import LPIPS
 from mrc.mrc import MRC, MRCResult
@@ -52,15 +52,15 @@ class MRCReward:
         self.judge = load_mrc(config, device)
 
     def __call__(self, views: torch.Tensor, prompts: Sequence[str]) -> MRCResult:
-        return self.judge(self._prepared(views))
+        return self.judge(self.prepared(views))
 
     def judged(self, views: torch.Tensor, prompts: Sequence[str]) -> MRCResult:
         """The same, with the judges beside it, which cost more than the reward."""
-        views = self._prepared(views)
+        views = self.prepared(views)
         return replace(self.judge(views), judges=judge_views(self.judge, views))
 
-    def _prepared(self, views):
-        """On white, where the judge is."""
+    def prepared(self, views: torch.Tensor) -> torch.Tensor:
+        """The views (B, V, 3, S, S) as they are judged: on white, where the judge is."""
         return self._on_white(views).to(self.judge.reconstructor.device)
 
 
@@ -70,7 +70,7 @@ def _image_reward(score):
     def load(config, device):
         def reward(views, prompts):
             foreground = foreground_mask(views).float().mean((-1, -2))
-            return ImageResult(score(views), foreground, foreground < config.mrc.min_foreground)
+            return ImageResult(score(views), foreground, is_empty(foreground, config.mrc.min_foreground))
 
         return reward
 

@@ -169,6 +169,14 @@ def test_jpeg_rewards():
     assert torch.equal(jpeg_compressibility(torch.cat([smooth, noisy])), -sizes)
 
 
+def test_a_white_view_is_empty_whatever_the_reward():
+    config = tiny.get_config()
+    config.reward_fn, config.mrc.min_foreground = "jpeg_compressibility", 0.0
+    views = VIEWS[:1].clone()
+    views[0, 1] = 1
+    assert load_reward(config, "cpu")(views, [""]).empty.tolist() == [[False, True, False, False]]
+
+
 def test_jpeg_rewards_are_sizes_of_files(tmp_path):
     picture = (GRIDS[0].permute(1, 2, 0) * 255).round().byte().numpy()
     Image.fromarray(picture).save(tmp_path / "grid.jpg", quality=95)

@@ -1,5 +1,6 @@
 """Reconstructing pictures from the command line, and the mesh of a field."""
 
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from config import tiny
+from config.validate import SPLATTING
 from mrc import LPIPS, MRC
 from recon import RECONSTRUCTORS
 from recon.cameras import instant3d_cameras
@@ -83,6 +85,39 @@ def test_bad_pictures_get_one_sentence(pictures, tmp_path):
             load_views([*files[:3], tmp_path / f"{name}.png"], 4)
     with pytest.raises(FileNotFoundError):
         load_views([*files[:3], tmp_path / "missing.png"], 4)
+    Image.fromarray(np.full((64, 64), 30000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match="deep.png has more than 8 bits per pixel .mode I;16."):
+        load_views([*files[:3], tmp_path / "deep.png"], 4)
+
+
+def test_a_photograph_is_turned_as_its_camera_was_held(tmp_path):
+    pixels = np.zeros((32, 32, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    assert (load_views([tmp_path / "a.png"], 1)[0, 0, 0, :, -4:] == 1).all()
+
+
+def test_the_background_is_removed_as_for_a_reward(pictures, tmp_path, monkeypatch):
+    """A gray wall behind the object, and a stand-in for rembg that knows it."""
+
+    def remove(image, session):
+        pixels = np.array(image.convert("RGBA"))
+        pixels[(pixels[..., :3] == 128).all(-1), 3] = 0
+        return Image.fromarray(pixels)
+
+    rembg = SimpleNamespace(new_session=lambda: None, remove=remove, __spec__="of a module that is installed")
+    monkeypatch.setitem(sys.modules, "rembg", rembg)
+    monkeypatch.setattr(show_scene, "FRAMES", 1)
+    config, files = tiny.get_config(), pictures[0]
+    config.recon.remove_background = True
+    for file, view in zip(files, pictures[1], strict=True):
+        on_gray = torch.where((view > 0.999).all(0), 128 / 255, view)
+        Image.fromarray((on_gray * 255).round().byte().permute(1, 2, 0).numpy()).save(file)
+    show_scene.main(SimpleNamespace(config=config, out=str(tmp_path / "out")), *files)
+    given = np.array(Image.open(tmp_path / "out" / "views.png").convert("RGB"))
+    assert (given == 128).all(-1).mean() < 0.01  # but for letters
 
 
 def test_the_command(pictures, tmp_path, monkeypatch, capsys):
@@ -102,14 +137,25 @@ def test_the_command_takes_every_reconstructor(name, pictures, tmp_path, monkeyp
     torch.manual_seed(0)
     model = SMALL_RECONSTRUCTORS[name]().eval().requires_grad_(False)
     monkeypatch.setattr(show_scene, "FRAMES", 2)
-    monkeypatch.setattr(show_scene, "load_mrc", lambda config, device: MRC(model, LPIPS(), render_size=32))
+    monkeypatch.setattr("mrc.rewards.load_mrc", lambda config, device: MRC(model, LPIPS(), render_size=32))
     monkeypatch.setattr(show_scene, "extract_mesh", lambda field, device: extract_mesh(ball, resolution=8))
     config = tiny.get_config()
     config.recon.render_size = 32
+    (tmp_path / "out").mkdir()
+    for other in ("scene.glb", "notes.txt"):
+        (tmp_path / "out" / other).write_text("of another object")
     show_scene.main(SimpleNamespace(config=config, out=str(tmp_path / "out")), *pictures[0])
-    assert "MRC of each view" in capsys.readouterr().out
-    names = {file.name for file in (tmp_path / "out").iterdir()} - {"scene.glb"}
-    assert names == {"scene.html", "scene.ply", "turntable.gif", "views.png"}
+    said = capsys.readouterr().out
+    assert "MRC of each view" in said and "notes.txt" not in said
+    names = {file.name for file in (tmp_path / "out").iterdir()} - {"notes.txt"}
+    assert all(name in said for name in names) and names - {"scene.glb"} == {
+        "scene.html",
+        "scene.ply",
+        "turntable.gif",
+        "views.png",
+    }
+    assert ("scene.glb" in names) == (name not in SPLATTING)  # a mesh, and none that was there before
+    assert "scene.glb" not in names or (tmp_path / "out" / "scene.glb").read_bytes()[:4] == b"glTF"
 
 
 def test_a_scene_of_gaussians_is_written_as_it_is(tmp_path):

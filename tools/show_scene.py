@@ -4,8 +4,8 @@
 
 --out   folder for the results (logs/show_scene)
 
-The pictures are square, in the order of the reconstructor's cameras; transparent parts count as white. In --out there
-are afterwards
+The pictures are square, in the order of the reconstructor's cameras; transparent parts count as white, and with
+config.recon.remove_background whatever is not the object. In --out there are afterwards
     views.png       the pictures over the re-rendered views, with the MRC of each
     turntable.gif   the object from all sides
     scene.html      the object and the cameras to turn, in any browser and without a network
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import tqdm
 from absl import flags
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from config import cli
 from config.errors import UserError, first_line
@@ -29,7 +29,7 @@ from ddpo.pictures import sample_picture
 from ddpo.report import write_viewer
 from ddpo.report.scenes import Scene, pyramids
 from mrc.mrc import resize_views
-from mrc.rewards import load_mrc
+from mrc.rewards import MRCReward
 from recon import reconstructor_cameras
 from recon.cameras import Cameras, orbit_cameras
 from recon.export import gaussians_splat, save_gaussians_ply
@@ -43,6 +43,7 @@ FRAMES = 36
 AT_ONCE = 4  # frames rendered together
 MILLISECONDS = 80  # per frame
 MOST_GAUSSIANS = 200_000  # in scene.html
+WRITTEN = ("views.png", "turntable.gif", "scene.html", "scene.ply", "scene.glb")
 
 
 def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
@@ -56,11 +57,14 @@ def load_views(files: Sequence[str | Path], count: int) -> torch.Tensor:
     for file in files:
         check_is_file(file, "give PNG or JPEG files")
         try:
-            picture = Image.open(file).convert("RGBA")
+            picture = ImageOps.exif_transpose(Image.open(file))
+            mode, picture = picture.mode, picture.convert("RGBA")
         except UnidentifiedImageError:
             raise UserError(f"{file} is not a picture that can be read: give PNG or JPEG files") from None
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{file} is a damaged picture ({first_line(error)}): make or copy it again") from error
+        if mode[0] in "IF":  # Pillow would clip them to white
+            raise UserError(f"{file} has more than 8 bits per pixel (mode {mode}): save it with 8 bits per channel")
         if picture.width != picture.height:
             raise UserError(f"{file} is {picture.width}x{picture.height}, which is not square: crop or pad it")
         if picture.width < SMALLEST:
@@ -88,6 +92,7 @@ def save_scene(reconstructor: Reconstructor, scene, out: Path) -> Scene:
     lines = pyramids(reconstructor.cameras.to("cpu"))
     if isinstance(scene, Gaussians):
         save_gaussians_ply(scene, out / "scene.ply")
+        (out / "scene.glb").unlink(missing_ok=True)  # of another object
         return Scene("splat", gaussians_splat(scene, MOST_GAUSSIANS, lines))
     mesh = extract_mesh(reconstructor.radiance_field(scene), device=reconstructor.device)
     save_mesh_ply(out / "scene.ply", *mesh)
@@ -104,8 +109,9 @@ def main(args, *pictures: str) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, out = validate_judge(args.config, device), Path(args.out)
     check_folder("--out", out)
-    views = load_views(pictures, len(reconstructor_cameras(config.recon))).to(device)
-    judge = load_mrc(config, device)
+    views = load_views(pictures, len(reconstructor_cameras(config.recon)))
+    reward = MRCReward(config, device)
+    views, judge = reward.prepared(views), reward.judge
     reconstructor, size = judge.reconstructor, config.recon.render_size
     out.mkdir(parents=True, exist_ok=True)
 
@@ -116,7 +122,7 @@ def main(args, *pictures: str) -> None:
     picture = sample_picture(rows, [note], ["reconstruction"])
     picture.save(out / "views.png")
 
-    around = turntable_cameras(reconstructor.cameras.to("cpu"), FRAMES).to(device)
+    around = turntable_cameras(reconstructor.cameras.to("cpu"), FRAMES).to(reconstructor.device)
     frames = []
     for first in tqdm.trange(0, FRAMES, AT_ONCE, desc="turntable"):
         images = reconstructor.render(scene, around[first : first + AT_ONCE], size)[0][0]
@@ -124,7 +130,7 @@ def main(args, *pictures: str) -> None:
     frames[0].save(out / "turntable.gif", save_all=True, append_images=frames[1:], duration=MILLISECONDS, loop=0)
     shown = save_scene(reconstructor, scene, out)
     write_viewer(out / "scene.html", "Reconstruction", note, shown, reconstructor.cameras, picture)
-    print(f"{note}\nwrote {', '.join(str(file) for file in sorted(out.iterdir()))}")
+    print(f"{note}\nwrote {', '.join(str(out / name) for name in WRITTEN if (out / name).exists())}")
 
 
 if __name__ == "__main__":
