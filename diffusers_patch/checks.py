@@ -121,7 +121,9 @@ def check_painter_files(config: ConfigDict) -> None:
     if pretrained.vae:
         _check_vae(pretrained.vae)
     if pretrained.lora:
-        files = sorted((folder / "unet").glob("*.safetensors"))
+        # an MVDream of the published layout names its layers otherwise: `fuse_lora` looks when they are converted
+        stock = folder.is_dir() and _is_stock(read_json(folder / "unet" / "config.json", WHOLE))
+        files = sorted((folder / "unet").glob("*.safetensors")) if stock else []
         shapes = {key: shape for file in files for key, shape in weight_shapes(file).items()}
         read_lora(pretrained.lora, shapes, "config.pretrained.lora", "give another folder, or '' for none")
 
@@ -169,7 +171,7 @@ def check_tokenizer(place: str | Path, subfolder: str, remedy: str) -> None:
 def _check_folder(folder, name):
     kind, said = KINDS[name], f"config.pretrained.model = {str(folder)!r}"
     unet = read_json(folder / "unet" / "config.json", WHOLE)
-    if unet.get("_class_name") == "UNet2DConditionModel":
+    if _is_stock(unet):
         _check_index(read_json(folder / "model_index.json", WHOLE), name, said)
         check_unet(unet, name, said)
     elif name != "mvdream":  # the published MVDream has a UNet and a pipeline of its own, which are converted
@@ -181,6 +183,11 @@ def _check_folder(folder, name):
             raise MissingFileError(
                 f"{said} has neither {' nor '.join(f'{part}/{file}' for file in TOKENIZER_FILES)}: {WHOLE}"
             )
+
+
+def _is_stock(unet):
+    """Whether the configuration of a UNet is that of the class of diffusers."""
+    return unet.get("_class_name") == "UNet2DConditionModel"
 
 
 def check_unet(config: Mapping, name: str, said: str) -> None:

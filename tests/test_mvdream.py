@@ -12,7 +12,7 @@ from diffusers.utils import logging
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from config import base
+from config import base, tiny
 from config.errors import UnwritableError
 from config.validate import validate
 from ddpo.checkpoint import checkpoints
@@ -266,6 +266,27 @@ def test_the_command_writes_a_stock_pipeline(ldm, tokenizer, tmp_path, monkeypat
     monkeypatch.setattr("sys.argv", ["convert_mvdream", str(source), str(tmp_path / "stock")])
     convert_mvdream.main()
     assert same_unet(StableDiffusionPipeline.from_pretrained(tmp_path / "stock", local_files_only=True), ldm)
+    line = ["convert_mvdream", str(source), str(tmp_path / "other"), "--tokenizer", str(tokenizer)]
+    monkeypatch.setattr("sys.argv", line)
+    with pytest.raises(ValueError, match="--tokenizer is for a .pt file"):
+        convert_mvdream.main()
+
+
+def test_a_lora_of_the_published_layout_is_taken(ldm, tokenizer, tmp_path, offline):
+    """Its UNet's file has other names than the LoRA, which is for the converted one."""
+    torch.save(ldm.weights, tmp_path / "4view.pt")
+    folder = ashawkey_folder(ldm, from_ldm(ldm, tmp_path / "4view.pt", tokenizer), tmp_path / "ashawkey")
+    config = tiny.get_config("mvdream")
+    config.pretrained.model, config.pretrained.lora, config.mixed_precision = str(folder), "", "no"
+    policy = load_painter(config, "cpu")
+    policy.add_lora(2, "attention")
+    policy.save_lora(tmp_path / "lora")
+    config.pretrained.lora = str(tmp_path / "lora")
+    load_painter(config, "cpu")
+    shutil.copytree("tiny/weights/mvdream_defect", tmp_path / "other")
+    config.pretrained.lora = str(tmp_path / "other")
+    with pytest.raises(ValueError, match="does not fit"):
+        load_painter(config, "cpu")
 
 
 def test_a_command_that_fails_leaves_nothing(ldm, tokenizer, tmp_path, monkeypatch):

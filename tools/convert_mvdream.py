@@ -10,8 +10,10 @@ file that is not of the public size.
 """
 
 import argparse
+from pathlib import Path
 
 from config.cli import one_sentence
+from config.errors import UserError
 from diffusers_patch.conversion import check_new, read_configs, save_pipeline
 from diffusers_patch.loading import reading
 from diffusers_patch.mvdream_checkpoints import load_mvdream_pipeline
@@ -26,6 +28,11 @@ def main() -> None:
     parser.add_argument("--configs", help="folder with the configurations of a .pt file of another size")
     args = parser.parse_args()
     check_new(args.out)  # before minutes of reading
+    given = [flag for flag in ("tokenizer", "configs") if getattr(args, flag)]
+    if given and not (Path(args.source).is_file() or args.source.endswith(".pt")):
+        raise UserError(
+            f"--{given[0]} is for a .pt file, and {args.source} is a folder or hub id, which has its own: leave it out"
+        )
     configs = read_configs(args.configs, ("unet", "vae", "text_encoder")) if args.configs else {}
     with reading("SOURCE", args.source, "a complete checkpoint of MVDream"):
         pipeline = load_mvdream_pipeline(args.source, args.revision, args.tokenizer, **configs)
