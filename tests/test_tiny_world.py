@@ -20,7 +20,7 @@ from diffusers_patch.rollout import rollout
 from mrc.sanity_rewards import tile_views
 from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
-from tiny import compare_runs, train_mvdream, train_painter
+from tiny import compare_runs, train_defect, train_mvdream, train_painter
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, VIEW, add_defect, colour_shares, is_defective
 from tiny.evaluate import compare, evaluate_run, evaluate_views, main, paired_p_value, table
@@ -38,7 +38,7 @@ from tiny.objects import (
     render,
 )
 from tiny.train_vae import load_vae
-from tiny.training import WEIGHTS, fit
+from tiny.training import WEIGHTS, fit, start_training
 
 SPLIT = caption_files.split()
 
@@ -434,6 +434,19 @@ def test_the_classifier_ignores_excluded_views(world):
     use = torch.ones(2, 4, dtype=torch.bool)
     use[:, 3] = False
     assert (caption_agreement(stub, views, captions, use) == 1).all()
+
+
+def test_a_folder_with_a_training_of_other_options_is_refused(tmp_path, monkeypatch, capsys):
+    def start(*options):
+        monkeypatch.setattr("sys.argv", ["train_defect", "--folder", str(tmp_path / "a"), *options])
+        return start_training(train_defect.make_parser(), "{kind}_defect")
+
+    threads = str(torch.get_num_threads())
+    start("--defect", "size", "--threads", threads)
+    assert start("--defect", "size", "--threads", threads, "--out", "elsewhere").defect == "size"
+    with pytest.raises(SystemExit):
+        start("--defect", "colour", "--rank", "8")
+    assert "holds a training with another --defect and --rank: remove it" in capsys.readouterr().err
 
 
 def test_an_interrupted_training_resumes_exactly(tmp_path):

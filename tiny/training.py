@@ -31,9 +31,19 @@ def training_parser(description: str, steps: int) -> argparse.ArgumentParser:
 def start_training(parser: argparse.ArgumentParser, name: str) -> argparse.Namespace:
     """Parse the command line, set the number of threads and seed torch.
 
-    name: the run's folder below tiny/runs unless --folder is given; "{kind}" and the like stand for other options."""
+    name: the run's folder below tiny/runs unless --folder is given; "{kind}" and the like stand for other options. A
+    folder with a training of other options is refused: it would be resumed as if it were this one."""
     args = parser.parse_args()
     args.folder = args.folder or RUNS / name.format(**vars(args))
+    options = {key: str(value) for key, value in vars(args).items() if key not in ("folder", "threads", "out")}
+    file = args.folder / "options.json"
+    found = json.loads(file.read_text()) if file.exists() else options
+    differing = [f"--{key}" for key in options if found.get(key) != options[key]]
+    if differing:
+        others = " and ".join(differing)
+        parser.error(f"{args.folder} holds a training with another {others}: remove it, or give another --folder")
+    args.folder.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(options, indent=1))
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     return args
