@@ -409,7 +409,7 @@ def _check_judge(config: ConfigDict, device_type: str | None, check_files: bool)
         )
     if not check_files:
         return
-    if device_type == "cuda" and recon.name in SPLATTING:
+    if device_type == "cuda" and recon.device != "cpu" and recon.name in SPLATTING:
         _check_package("gsplat", f"config.recon.name = {recon.name!r} on a GPU", "pip install gsplat==1.5.3")
     if recon.remove_background:
         _check_package("rembg", "config.recon.remove_background = True", "pip install rembg, or set it to False")

@@ -3,10 +3,13 @@
 import copy
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 from config import base
@@ -19,6 +22,7 @@ from diffusers_patch.policy import DTYPES
 from diffusers_patch.rollout import Trajectory, draw_noise, rollout
 from mrc.sanity_rewards import tile_views
 from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, make_world, settings
+from tools import show_painter
 
 TENSORS = load_file(GOLDEN / "sdxl_rollout.safetensors")
 PROMPTS = GOLDEN_CONFIG["prompts"]
@@ -337,3 +341,17 @@ def test_a_lora_of_another_painter_is_refused(world):
     )
     with pytest.raises(UserError, match="painter_defect' does not fit config.pretrained.model: .*; give a LoRA"):
         load_painter(config, "cpu")
+
+
+def test_pictures_by_a_painter_need_no_reconstructor(tmp_path):
+    """And they are the same however many are painted at a time."""
+    world, pictures = make_world(tmp_path), []
+    for batch in (1, 2):
+        config = base.get_config()
+        with config.unlocked():
+            changes = dict(recon__checkpoint="", sample__batch_size=batch, train__batch_size=1)
+            config.update_from_flattened_dict(settings(world, tmp_path, **changes))
+        out = tmp_path / f"{batch}.png"
+        show_painter.main(SimpleNamespace(config=config, count=3, out=str(out)))
+        pictures.append(np.asarray(Image.open(out)).astype(int))
+    assert pictures[0].std() > 0 and np.abs(pictures[0] - pictures[1]).max() <= 1

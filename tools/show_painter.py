@@ -33,15 +33,20 @@ def main(args) -> None:
     """args: the parsed flags."""
     check_file("--out", args.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config, sample = validate(args.config, 1, device), args.config.sample
+    config, sample = args.config, args.config.sample
+    config.reward_fn = "jpeg_compressibility"  # any that needs no reconstructor: nothing is judged
+    validate(config, 1, device)
     captions = PromptDataset.from_config(config.prompts).val_set[: args.count]
     generators = [make_generator(0, VALIDATION, i) for i in range(len(captions))]
     painted = [caption + sample.prompt_suffix for caption in captions]
     policy = load_painter(config, device)
-    views = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generators).views
+    steps, views = (sample.num_steps, sample.guidance_scale, sample.eta), []
+    for first in range(0, len(captions), sample.batch_size):
+        some = slice(first, first + sample.batch_size)
+        views.append(rollout(policy, painted[some], *steps, generators[some]).views)
     out = Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    sample_picture({"": views}, [""] * len(captions), captions).save(out)
+    sample_picture({"": torch.cat(views)}, [""] * len(captions), captions).save(out)
     print(f"wrote {out}")
 
 
