@@ -672,12 +672,6 @@ MUTANTS = [
             "test_mrc.py::test_golden_rewards",
         ),
         (
-            "a threshold that is never reached",
-            "| (foreground < min_foreground)",
-            "| (foreground < 0)",
-            "test_mrc.py::test_a_dot_is_as_good_as_nothing",
-        ),
-        (
             "crops without antialiasing",
             'mode="bicubic", antialias=True',
             'mode="bicubic", antialias=False',
@@ -686,6 +680,18 @@ MUTANTS = [
     ),
     *_in(
         "mrc/bounding_box.py",
+        (
+            "a threshold that is never reached",
+            "| (foreground < min_foreground)",
+            "| (foreground < 0)",
+            "test_mrc.py::test_a_dot_is_as_good_as_nothing",
+        ),
+        (
+            "a view without foreground that is not empty",
+            "(foreground == 0) | ",
+            "",
+            "test_mrc.py::test_a_white_view_is_empty_whatever_the_reward",
+        ),
         (
             "dark in every channel",
             "(images < BACKGROUND).any(dim=-3)",
@@ -912,6 +918,12 @@ MUTANTS = [
     *_in(
         "tools/measure_signal.py",
         (
+            "gradients in half precision without a scale",
+            "(SCALE * loss).backward()",
+            "loss.backward()",
+            "test_measure_signal.py::test_gradients_do_not_underflow_in_half_precision",
+        ),
+        (
             "a step foretold on the samples that made it",
             "((half, ~half), (~half, half))",
             "((half, half), (~half, ~half))",
@@ -947,6 +959,54 @@ MUTANTS = [
             'matching = train.objective == "awm"',
             "matching = False",
             "test_config.py::test_batch_table_tells_when_gradients_are_taken",
+        ),
+    ),
+    *_in(
+        "tools/curate_prompts.py",
+        (
+            "curated without comparing cameras",
+            "    check_cameras(config)\n",
+            "",
+            "test_house.py::test_every_command_that_judges_a_painter_compares_their_cameras",
+        ),
+        (
+            "samples of a candidate that are all the same",
+            "EVALUATION, index, s)",
+            "EVALUATION, index, 0)",
+            "test_curate_prompts.py::test_samples_are_painted_in_batches",
+        ),
+    ),
+    *_in(
+        "tools/show_scene.py",
+        (
+            "the background is looked at",
+            "views, judge = reward.prepared(views), reward.judge",
+            "judge = reward.judge",
+            "test_show_scene.py::test_the_background_is_removed_as_for_a_reward",
+        ),
+        (
+            "16 bits taken for 8",
+            'if mode[0] in "IF":',
+            "if False:",
+            "test_show_scene.py::test_bad_pictures_get_one_sentence",
+        ),
+    ),
+    *_in(
+        "ddpo/evaluation.py",
+        (
+            "where the chain starts does not count",
+            '"pretrained.", "sample.",',
+            '"pretrained.",',
+            "test_evaluate.py::test_what_samples_depend_on",
+        ),
+    ),
+    *_in(
+        "tiny/training.py",
+        (
+            "a training of other options is resumed",
+            "    if differing:",
+            "    if False:",
+            "test_tiny_world.py::test_a_folder_with_a_training_of_other_options_is_refused",
         ),
     ),
 ]
