@@ -374,6 +374,11 @@ def _check_statistics_and_kl(config: ConfigDict) -> None:
             "config.kl_per_prompt_stat_tracking is True but config.per_prompt_stat_tracking is off, which "
             "has the buffer sizes it needs: turn that on, or set kl_per_prompt_stat_tracking to False"
         )
+    if config.kl_penalty and not config.kl_in_reward and config.kl_timestep_fraction < 1:
+        raise UserError(
+            f"config.kl_timestep_fraction is {config.kl_timestep_fraction}, but config.kl_in_reward is False, and a KL "
+            f"in the loss is one of every trained step: set kl_timestep_fraction to 1.0, or kl_in_reward to True"
+        )
     if config.stop_kl > 0 and not (config.kl_penalty or config.log_kl):
         raise UserError(
             f"config.stop_kl is {config.stop_kl} but no KL is computed: set log_kl to True, or stop_kl to 0"

@@ -21,14 +21,16 @@ def ppo_loss(
     log_prob: (B,) under the policy being trained; the gradient flows into it alone.
     log_prob_old, log_prob_reference: (B,) of the same transitions under the sampling policy and the base model. All
         three are MEANS over D latent dimensions, so r is the D-th root of the true ratio; hence clip ranges like 1e-4.
+        NaN in the reference = the base model was not asked; kl_beta must then be 0.
     advantages: (B,). clip_range, adv_clip_max: > 0.
     kl_beta: weight of the KL in the loss. While r = 1 (purely on-policy) this term has no expected gradient, since
         E[grad log_prob] = 0: it restrains only over several updates per epoch. Otherwise put the KL into the reward.
     weight: (B,) weights of the samples' losses, or None for 1 (see `timestep_weights`).
 
     Returns (loss, info): a scalar, and detached scalars approx_kl (0.5 mean((log_prob - log_prob_old)^2)), clipfrac
-    (share of |r - 1| > clip_range), ratio_min, ratio_max, and kl (mean log_prob - log_prob_reference) if a reference is
-    given. info is never weighted. Raises ValueError if kl_beta is set without a reference.
+    (share of |r - 1| > clip_range), ratio_min, ratio_max, and, if a reference is given, kl_asked (share of samples for
+    which the base model was asked) and kl (mean log_prob - log_prob_reference of these, NaN if there are none). info is
+    never weighted. Raises ValueError if kl_beta is set without a reference.
     """
     if kl_beta and log_prob_reference is None:
         raise ValueError(
@@ -51,8 +53,9 @@ def ppo_loss(
         }
     if log_prob_reference is not None:
         kl = log_prob - log_prob_reference
-        info["kl"] = kl.detach().mean()
-        losses = losses + kl_beta * kl
+        info["kl"], info["kl_asked"] = kl.detach().nanmean(), (~kl.isnan()).float().mean()
+        if kl_beta:  # 0 times an unknown KL would be NaN
+            losses = losses + kl_beta * kl
     if weight is not None:
         losses = losses * weight
     return losses.mean(), info

@@ -185,7 +185,9 @@ def average_gradients(parameters: list[torch.nn.Parameter], accelerator: Acceler
 
 
 def summarize(infos: list[dict], accelerator: Accelerator) -> dict[str, float]:
-    """Statistics of an optimizer step over its micro-batches and all processes: means, but for ratio_min and _max."""
+    """Statistics of an optimizer step over its micro-batches and all processes: means, but for ratio_min and _max.
+
+    kl is the mean over the steps at which the base model was asked, NaN if that was nowhere."""
     weights = [info.pop("steps") for info in infos]
     names = sorted(infos[0])
     values = torch.stack([torch.stack([info[name].float() for name in names]) for info in infos])  # (infos, names)
@@ -193,4 +195,9 @@ def summarize(infos: list[dict], accelerator: Accelerator) -> dict[str, float]:
     *values, weights = accelerator.gather(values).cpu().unbind(1)
     values = dict(zip(names, values, strict=True))
     extrema = {"ratio_min": float(values.pop("ratio_min").min()), "ratio_max": float(values.pop("ratio_max").max())}
-    return {name: float((value * weights).sum() / weights.sum()) for name, value in values.items()} | extrema
+    asked = weights * values.pop("kl_asked", 1.0)
+    means = {}
+    for name, value in values.items():
+        count = asked if name == "kl" else weights
+        means[name] = float((value * count)[count > 0].sum() / count.sum())
+    return means | extrema

@@ -34,6 +34,7 @@ _BETA = "test_run.py::test_the_kl_in_the_loss_is_weighted_by_beta"
 _RESCALED = "test_run.py::test_guidance_is_rescaled_to_the_contrast_without_it"
 _FUSED = "test_run.py::test_a_lora_is_fused_into_the_base_model"
 _PAINTING = "test_update.py::test_gradients_taken_while_painting_are_those_of_the_update"
+_WHERE_ASKED = "test_update.py::test_statistics_are_over_the_steps_at_which_the_base_model_was_asked"
 _GOLDEN_UPDATE = "test_update.py::test_golden_update"
 _DENSITY = "test_ddim_with_logprob.py::test_log_prob_is_the_mean_of_the_normal_density"
 _UNBIASED = "test_steps.py::test_sums_over_drawn_steps_keep_their_expectation"
@@ -223,6 +224,12 @@ MUTANTS = [
             "test_ppo.py::test_golden_losses",
         ),
         (
+            "the loss is unknown where the base model was not asked",
+            "if kl_beta:  # 0",
+            "if True:  # 0",
+            _WHERE_ASKED,
+        ),
+        (
             "noise weights in proportion to sigma",
             "variance = std**2",
             "variance = std",
@@ -231,6 +238,12 @@ MUTANTS = [
     ),
     *_in(
         "ddpo/update.py",
+        (
+            "the KL of an update counts steps at which nobody was asked",
+            'asked if name == "kl" else weights',
+            "weights",
+            _WHERE_ASKED,
+        ),
         ("kl_beta ignored", "kl_beta=config.kl_beta if kl_in_loss", "kl_beta=0.001 if kl_in_loss", _BETA),
         (
             "kl_penalty ignored in the loss",

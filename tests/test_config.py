@@ -329,6 +329,8 @@ def test_statistics_and_kl_contradictions():
     refused("smaller than min_count", per_prompt_stat_tracking__buffer_size=3)
     refused("there is no KL to put into", kl_penalty=False)
     refused("is off", per_prompt_stat_tracking__buffer_size=0)
+    in_loss = dict(kl_in_reward=False, train__hold_foreground=False)
+    refused("a KL in the loss is one of every trained step", kl_timestep_fraction=0.5, **in_loss)
     refused("no KL is computed", kl_penalty=False, kl_in_reward=False, log_kl=False, stop_kl=1e-3)
 
 

@@ -209,6 +209,30 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
         assert loss == pytest.approx(loss_alone, abs=2e-6)
 
 
+def test_statistics_are_over_the_steps_at_which_the_base_model_was_asked():
+    """Most micro-batches are a single step of two samples, at which it was asked for both, for one or for none."""
+    config, trajectory = golden_config(CASES["A"]), golden_trajectory()
+    config.train.batch_size, config.train.gradient_accumulation_steps = 2, 4
+    asked = torch.zeros(8, 5, dtype=torch.bool)
+    asked[:4, [0, 3]] = asked[4:, 2] = True
+    reference, logs = trajectory.log_probs_reference, {}
+    for known, steps in (("all", asked | True), ("some", asked), ("none", asked & False)):
+        policy, accelerator = lora_policy("lora_sampling"), Accelerator(cpu=True)
+        optimizer = torch.optim.SGD(policy.trainable_parameters(), 1.0)
+        trajectory.log_probs_reference = reference.where(steps, math.nan)
+        shuffling = torch.Generator().manual_seed(0)
+        (logs[known],) = update(
+            policy, optimizer, accelerator, trajectory, TENSORS["rollout/advantages"], config, shuffling
+        )
+    kl = trajectory.log_probs - reference
+    assert abs(kl.mean() - kl[asked].mean()) > 1e-3  # or the means below could be those of other steps
+    # as the policy has not moved, log-probabilities are those of the sampling, but for rounding in another batch
+    assert logs["all"].pop("kl") == pytest.approx(float(kl.mean()), abs=2e-5)
+    assert logs["some"].pop("kl") == pytest.approx(float(kl[asked].mean()), abs=2e-5)
+    assert math.isnan(logs["none"].pop("kl"))
+    assert logs["all"] == logs["some"] == logs["none"] and math.isfinite(logs["all"]["loss"])
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     config, policy = golden_config(CASES["C"]), lora_policy("C/lora_init")
     index, steps = torch.arange(4), torch.stack([torch.randperm(5) for _ in range(4)])
