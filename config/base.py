@@ -38,9 +38,11 @@ def get_config() -> ConfigDict:
     config.mixed_precision = "fp16"
     # Let Ampere and later GPUs round float32 matrix products to TF32: faster, about three decimal digits.
     config.allow_tf32 = True
-    # Resume a run: a checkpoint folder, a run's folder (its newest checkpoint), or "auto" = the newest good checkpoint
-    # of the run that run_name names, or a new run if there is none, so that the same command starts and resumes it.
-    # "" = start a new one. use_lora and lora.* must be those of that run.
+    # Resume a run in its folder: a checkpoint folder, a run's folder (its newest checkpoint), or "auto" = the newest
+    # good checkpoint of the run that run_name names, or a new run if there is none, so that the same command starts and
+    # resumes it. "" = start a new one. What is trained must be as in that run (painter.name, use_lora, lora.*,
+    # train.use_8bit_adam), and what its rewards measure: the validation prompts, reward_fn, and how views are painted,
+    # reconstructed and compared.
     config.resume_from = ""
     # When the newest checkpoint of the run's folder is damaged: False = stop and say so, True = use the one before it.
     config.resume_previous_if_damaged = False

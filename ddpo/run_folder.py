@@ -27,6 +27,30 @@ from prompts.dataset import PromptDataset
 LOCK = "run.lock"
 # What a run's weights and optimizer are made for; with other values they could not be loaded.
 FIXED = ("painter.name", "use_lora", "lora.rank", "lora.targets", "train.use_8bit_adam")
+# What the rewards in a run's validations and trackers measure; with other values they could not be compared. Where
+# files are, and the arithmetic, may differ: the run may have moved to another machine.
+MEASURED = (
+    "reward_fn",
+    "painter.elevation",
+    "painter.azimuth_start",
+    "painter.negative_prompt",
+    "sample.num_steps",
+    "sample.eta",
+    "sample.guidance_scale",
+    "sample.guidance_rescale",
+    "sample.initial_latents",
+    "sample.blob_std",
+    "sample.prompt_suffix",
+    "recon.name",
+    "recon.render_size",
+    "recon.input_views",
+    "recon.cameras",
+    "recon.elevation",
+    "recon.remove_background",
+    "mrc.bbox_lpips",
+    "mrc.min_foreground",
+    "mrc.empty_view_reward",
+)
 OF_RESUMING = ("resume_from", "resume_previous_if_damaged")
 NUMBERED = {  # what bears the number of epochs after which, or of the epoch in which, it was made
     "after": ("checkpoint_*", "lora/epoch_*"),
@@ -152,12 +176,21 @@ def _changes(checkpoint, config, prompts):
             f"tools.evaluate for other prompts"
         )
     changed = differences(saved["config"], config)
+    new_run = "start a new run (config.resume_from = '')"
     for key in FIXED:
         if key in changed:
             found, wanted = changed[key]
             raise UserError(
-                f"config.{key} is {wanted!r}, but {checkpoint} was trained with {found!r}: set it to that, or start a "
-                f"new run (config.resume_from = '')"
+                f"config.{key} is {wanted!r}, but {checkpoint} was trained with {found!r}: set it to that, or {new_run}"
+            )
+    for key in MEASURED:
+        if key in changed:
+            found, wanted = changed[key]
+            if config.use_lora and not saved["config"]["pretrained"]["lora"]:  # there is room for one
+                new_run += f" from its LoRA (config.pretrained.lora = '{run}/final' or '{run}/lora/epoch_XXXX')"
+            raise UserError(
+                f"config.{key} is {wanted!r}, but the rewards in {run} were measured with {found!r}, so that before "
+                f"and after could not be compared: set it to that, or {new_run}"
             )
     words = [f"config.{key} was {found!r} and is {wanted!r}" for key, (found, wanted) in changed.items()]
     if saved["training_prompts"] != prompts.train_set:

@@ -23,12 +23,12 @@ from safetensors.torch import load_file, save_file
 
 from config import base
 from config.errors import UserError
-from config.validate import ROOT, validate
+from config.validate import ROOT, flatten, validate
 from ddpo.calibration import StepCalibration
 from ddpo.checkpoint import checkpoints, damage, find_checkpoint
 from ddpo.files import append_whole, whole
 from ddpo.pictures import load_views, to_bytes
-from ddpo.run_folder import FIXED, differences, open_run, replaced_later, set_aside, take_lock
+from ddpo.run_folder import FIXED, MEASURED, differences, open_run, replaced_later, set_aside, take_lock
 from ddpo.run_log import RunLog
 from ddpo.sampling import VALIDATION, make_generator
 from ddpo.stopping import CannotWrite, Stopped, Stopping, resume_command
@@ -171,6 +171,15 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_written(whole_run, wor
         with pytest.raises(UserError, match=f"config.{key} is {re.escape(repr(value))}, but .*checkpoint_0003 was"):
             open_run(config, Accelerator(cpu=True), prompts)
     assert set(other) < set(FIXED)
+    other = {"reward_fn": "jpeg_compressibility", "sample.guidance_scale": 2.0, "recon.render_size": 64}
+    other |= {"sample.prompt_suffix": ", on white", "mrc.bbox_lpips": False}
+    for key, value in other.items():
+        config = config_of(world, whole_run.parent, resume_from=str(whole_run), **{key: value})
+        prompts = PromptDataset.from_config(config.prompts)
+        words = f"config.{key} is {re.escape(repr(value))}, but .*run were measured with .*lora = '{whole_run}/final'"
+        with pytest.raises(UserError, match=words):
+            open_run(config, Accelerator(cpu=True), prompts)
+    assert set(other) < set(MEASURED) and not set(MEASURED) & set(FIXED) and set(MEASURED) < set(flatten(config))
     values = settings(world, whole_run.parent, resume_from=str(whole_run), **{"pretrained.model": str(whole_run)})
     assert children.run(children.train, values) == 1  # found when it is loaded, and still nothing is written
     after = {path: path.read_bytes() for path in sorted(whole_run.rglob("*")) if path.is_file()}
