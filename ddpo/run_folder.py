@@ -110,6 +110,12 @@ def _open(config, prompts):
     resumes = bool(checkpoints(folder)) and config.resume_from != ""
     if not resumes and config.resume_from not in ("", AUTO):
         find_checkpoint(named)  # says what is wrong
+    claimed = Path(config.logdir) / config.run_name
+    if resumes and config.run_name and claimed.resolve() != folder.resolve():
+        raise UserError(
+            f"config.resume_from is {str(named)!r}, and a run goes on in its own folder, but config.logdir and "
+            f"config.run_name name {claimed}: leave them out, or copy the folder there and resume that"
+        )
     if not resumes and (checkpoints(folder) or (folder / "metrics.jsonl").exists()):
         raise UserError(
             f"{folder} already holds a run: choose another config.run_name, or set config.resume_from to "

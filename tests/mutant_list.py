@@ -459,6 +459,18 @@ MUTANTS = [
             "pass",
             "test_interruptions.py::test_a_folder_is_in_use_until_its_process_ends_however",
         ),
+        (
+            "a run goes on under another name",
+            "if resumes and config.run_name and claimed",
+            "if False and claimed",
+            "test_interruptions.py::test_a_run_does_not_resume_under_another_name",
+        ),
+        (
+            "a run goes on with rewards that measure something else",
+            "for key in MEASURED:",
+            "for key in ():",
+            "test_interruptions.py::test_what_cannot_be_resumed_is_refused_and_nothing_is_written",
+        ),
     ),
     *_in(
         "ddpo/evaluation.py",

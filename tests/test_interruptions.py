@@ -187,6 +187,23 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_written(whole_run, wor
     assert [path.name for path in before if before[path] != after[path]] in ([], ["run.lock"])
 
 
+def test_a_run_does_not_resume_under_another_name(whole_run, world, tmp_path):
+    """But it does under its own, however that is written, and under none."""
+    link, accelerator = tmp_path / "link", Accelerator(cpu=True)
+    link.symlink_to(whole_run.parent)
+
+    def opened_as(logdir, run_name):
+        config = config_of(world, logdir, run_name=run_name, resume_from=str(whole_run / "checkpoint_0001"))
+        opened = open_run(config, accelerator, PromptDataset.from_config(config.prompts))
+        opened.lock.close()
+        return opened.folder
+
+    assert opened_as(link, "run") == opened_as(tmp_path, "") == whole_run
+    for logdir, run_name in ((whole_run.parent, "fork"), (tmp_path, "run")):
+        with pytest.raises(UserError, match=f"checkpoint_0001.* name {logdir}/{run_name}: .* copy the folder there"):
+            opened_as(logdir, run_name)
+
+
 def test_what_a_resumed_run_replaces_is_kept_as_a_branch(whole_run, world, tmp_path):
     """A real run resumes from its first checkpoint with another learning rate."""
     run = tmp_path / "run"

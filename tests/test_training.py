@@ -409,7 +409,7 @@ def test_no_reference_no_guidance_and_a_kl_that_is_spent(world, tmp_path):
     # the first update is made in epoch 1, so the KL is seen in epoch 2
     assert [line["epoch"] for line in metrics(tmp_path / "spent", "epoch")] == [0, 1, 2]
     assert [folder.name for folder in checkpoints(tmp_path / "spent")] == ["checkpoint_0000", "checkpoint_0003"]
-    resumed = dict(resume_from=str(tmp_path / "spent"), num_epochs=50, stop_kl=1e-9, **plain)
+    resumed = dict(run_name="spent", resume_from=str(tmp_path / "spent"), num_epochs=50, stop_kl=1e-9, **plain)
     assert children.run(children.train, settings(world, tmp_path, kl_estimator="analytic", **resumed)) == 0
     assert [line["epoch"] for line in metrics(tmp_path / "spent", "epoch")] == [0, 1, 2]  # it stays stopped
 
