@@ -452,6 +452,15 @@ MUTANTS = [
         ),
     ),
     *_in(
+        "ddpo/final.py",
+        (
+            "final/README.md paints without noise",
+            'f"eta={sample.eta}"',
+            '"eta=0.0"',
+            "test_interruptions.py::test_stock_diffusers_paints_the_validation_with_the_code_in_final",
+        ),
+    ),
+    *_in(
         "ddpo/run_folder.py",
         (
             "a folder that is in use is taken",

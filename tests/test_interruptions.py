@@ -27,11 +27,12 @@ from config.validate import ROOT, flatten, validate
 from ddpo.calibration import StepCalibration
 from ddpo.checkpoint import checkpoints, damage, find_checkpoint
 from ddpo.files import append_whole, whole
-from ddpo.pictures import load_views, to_bytes
+from ddpo.pictures import load_views
 from ddpo.run_folder import FIXED, MEASURED, differences, open_run, replaced_later, set_aside, take_lock
 from ddpo.run_log import RunLog
 from ddpo.sampling import VALIDATION, make_generator
 from ddpo.stopping import CannotWrite, Stopped, Stopping, resume_command
+from diffusers_patch.mv_sdxl import split_grid
 from prompts.dataset import PromptDataset
 from tests import children
 from tests.test_training import DEADLINE, LORA, assert_learnt_alike, metrics, same_files, without_seconds
@@ -563,39 +564,39 @@ def test_a_run_resumes_with_its_calibration_on_or_off(world, tmp_path):
 
 
 def test_stock_diffusers_paints_the_validation_with_the_code_in_final(whole_run, world, tmp_path):
-    """A run on top of a fused LoRA that changes much: final/README.md says what to load, and that paints the run's own
-    pictures."""
+    """A run on top of a fused LoRA that changes much, with all that can be told of painting: final/README.md says it,
+    and that paints the run's own pictures. Without any of it, it does not."""
     lora = {
         name: 100 * value if "lora_B" in name else value
         for name, value in load_file(whole_run / "final" / LORA).items()
     }
     (tmp_path / "fused").mkdir()
     save_file(lora, tmp_path / "fused" / LORA, {"format": "pt"})
-    values = settings(world, tmp_path, pretrained__lora=str(tmp_path / "fused"), train__learning_rate=3e-3, **FEW_FILES)
-    assert children.run(children.train, values) == 0
+    how = {
+        "initial_latents": "gaussian_blob",
+        "blob_std": 0.2,
+        "eta": 0.7,
+        "guidance_scale": 40.0,
+        "guidance_rescale": 1.0,
+    }
+    how = {f"sample.{key}": value for key, value in how.items()} | {"sample.prompt_suffix": ", a blue sphere on a cone"}
+    changes = {"pretrained.lora": str(tmp_path / "fused"), "train.learning_rate": 3e-3, **how, **FEW_FILES}
+    assert children.run(children.train, settings(world, tmp_path, **changes)) == 0
     run = tmp_path / "run"
     (code,) = re.findall(r"```python\n(.*?)```", (run / "final/README.md").read_text(), flags=re.DOTALL)
-    painted, without = {}, code.replace("pipeline.fuse_lora()\n", "")
-    for name, source in (("final", code), ("unfused", without)):
-        names = {}
-        exec(source, names)
-        pipeline = names["pipeline"]
-        pipeline.set_progress_bar_config(disable=True)
-        images = [
-            pipeline(
-                prompt,
-                height=8 * LATENT,
-                width=8 * LATENT,
-                num_inference_steps=4,
-                guidance_scale=5.0,
-                eta=1.0,
-                generator=[make_generator(0, VALIDATION, i)],
-                output_type="pt",
-            ).images
-            for i, prompt in enumerate(PROMPTS[:3])
-        ]
-        grid = torch.cat(images)
-        painted[name] = grid.unflatten(2, (2, -1)).unflatten(4, (2, -1)).permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     shown = torch.stack([load_views(file)["views"] for file in sorted((run / "validation/epoch_0003").glob("*.png"))])
-    off = {name: (to_bytes(views).int() - shown.int()).abs().float().mean() / 255 for name, views in painted.items()}
-    assert off["final"] <= 1e-3 < off["unfused"], off
+
+    def off(without):
+        """How far the pictures are from the run's, mean in [0, 1], with these words of the code left out."""
+        assert without in code
+        names = {}
+        exec(code.replace(without, ""), names)
+        names["pipeline"].set_progress_bar_config(disable=True)
+        grids = [names["paint"](prompt, make_generator(0, VALIDATION, i)) for i, prompt in enumerate(PROMPTS[:3])]
+        grids = torch.stack([torch.from_numpy(np.array(grid)).permute(2, 0, 1) for grid in grids])
+        return float((split_grid(grids).int() - shown.int()).abs().float().mean()) / 255
+
+    assert off("") <= 1e-4
+    told = ["pipeline.fuse_lora()\n", "latents=fused_start(pipeline.scheduler, blob, noise),", "eta=0.7,"]
+    for words in (*told, "guidance_rescale=1.0,", " + ', a blue sphere on a cone'"):
+        assert off(words) > 5e-4, words

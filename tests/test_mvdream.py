@@ -1,6 +1,8 @@
 """MVDream against what the public implementation computes with small random weights."""
 
 import json
+import re
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +18,7 @@ from config import base, tiny
 from config.errors import UnwritableError
 from config.validate import validate
 from ddpo.checkpoint import checkpoints
+from ddpo.final import python_code
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import check_cameras, load_painter
 from diffusers_patch.mvdream import MVDream, convert_mvdream_unet, ldm_name, let_views_attend
@@ -289,18 +292,44 @@ def test_a_lora_of_the_published_layout_is_taken(ldm, tokenizer, tmp_path, offli
         load_painter(config, "cpu")
 
 
+def write_configs(ldm, folder):
+    """The configurations of `ldm`, as the command wants them. Returns its flags."""
+    folder.mkdir()
+    for name in ("unet", "vae", "text_encoder"):
+        (folder / f"{name}.json").write_text(json.dumps(getattr(ldm, name)))
+    return ["--configs", str(folder)]
+
+
+@pytest.mark.parametrize("layout", ["file", "ashawkey"])
+def test_the_code_in_final_converts_what_stock_diffusers_cannot_read(ldm, tokenizer, tmp_path, monkeypatch, layout):
+    file, final, config = tmp_path / "an sd-v2.1-base-4view.pt", tmp_path / "a run" / "final", base.get_config()
+    torch.save(ldm.weights, file)
+    pipeline = from_ldm(ldm, file, tokenizer)
+    pipeline.unet.save_pretrained(final / "unet")
+    config.painter.name, config.use_lora, config.pretrained.model = "mvdream", False, str(file)
+    config.pretrained.tokenizer, configs = str(tokenizer), write_configs(ldm, tmp_path / "configs")
+    if layout == "ashawkey":
+        config.pretrained.model = str(ashawkey_folder(ldm, pipeline, tmp_path / "ashawkey"))
+        configs = []
+    code = python_code("StableDiffusionPipeline", config, final)
+    (command,) = re.findall("python -m tools.(convert_mvdream .*)", code)
+    monkeypatch.setattr("sys.argv", shlex.split(command) + configs)
+    convert_mvdream.main()
+    names = {}
+    exec(code, names)
+    assert same_unet(names["pipeline"], ldm)
+
+
 def test_a_command_that_fails_leaves_nothing(ldm, tokenizer, tmp_path, monkeypatch):
     def fail(self, folder, **_):
         Path(folder).mkdir(parents=True)
         raise OSError("no space left")
 
-    (tmp_path / "configs").mkdir()
-    for name in ("unet", "vae", "text_encoder"):
-        (tmp_path / "configs" / f"{name}.json").write_text(json.dumps(getattr(ldm, name)))
+    configs = write_configs(ldm, tmp_path / "configs")
     file, out = tmp_path / "sd-v2.1-base-4view.pt", tmp_path / "out"
     torch.save(ldm.weights, file)
     before = sorted(tmp_path.rglob("*"))
-    flags = ["--tokenizer", str(tokenizer), "--configs", str(tmp_path / "configs")]
+    flags = ["--tokenizer", str(tokenizer), *configs]
     monkeypatch.setattr("sys.argv", ["convert_mvdream", str(file), str(out), *flags])
     with monkeypatch.context() as patch:
         patch.setattr(AutoencoderKL, "save_pretrained", fail)
@@ -382,9 +411,10 @@ def test_on_policy_ratios_are_one_to_the_last_bit(mvdream_run):
 
 
 def test_stock_diffusers_loads_what_was_learned(mvdream_run, world):
-    pipeline = StableDiffusionPipeline.from_pretrained(world / "mvdream", safety_checker=None)
-    pipeline.load_lora_weights(mvdream_run / "final")
-    stock = {name.replace(".default_0.", ".default."): value for name, value in pipeline.unet.state_dict().items()}
+    text, names = (mvdream_run / "final/README.md").read_text(), {}
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], names)
+    unet = names["pipeline"].unet
+    stock = {name.replace(".default_0.", ".default."): value for name, value in unet.state_dict().items()}
     trained = load_file(checkpoints(mvdream_run)[-1] / "weights.safetensors")
     assert trained and all(torch.equal(stock[name], value) for name, value in trained.items())
 
