@@ -126,8 +126,9 @@ def get_config() -> ConfigDict:
     # Samples per epoch over all processes. The number of batches follows from it, so that a run has the same epochs on
     # any number of processes. 0 = not prescribed: give num_batches_per_epoch.
     config.sample.total_batch_size = 768
-    # Samples that one process paints at a time. When the number of batches is derived this is an upper bound: the
-    # largest divisor of the process's samples that is not above it is taken.
+    # Samples that one process paints at a time; where gradients are taken while painting (see below) only in the first
+    # epoch and in validations, and train.batch_size in all other epochs. When the number of batches is derived this is
+    # an upper bound: the largest divisor of the process's samples that is not above it is taken.
     config.sample.batch_size = 8
     # Batches per process and epoch. 0 = derived from total_batch_size; a number given here wins over it.
     config.sample.num_batches_per_epoch = 0

@@ -74,13 +74,15 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
     sample, train = config.sample, config.train
     updates = updates_per_epoch(config)
     steps = trained_steps(config)
-    passes = f"{min(train.timesteps_per_forward, steps)} per UNet pass"
+    passes, later = f"{min(train.timesteps_per_forward, steps)} per UNet pass", ""
     if updates == 1:
         policy = "purely on-policy (one update on each epoch's own samples)"
         if gradients_while_painting(config):
             matching = train.objective == "awm"  # noises the finished pictures anew
             policy += f", its gradients taken {'after' if matching else 'while'} painting"
             passes = "in passes of their own" if matching else "in the passes that paint them"
+            if train.batch_size < sample.batch_size:
+                later = f"; after the first epoch {train.batch_size} at a time"
     else:
         policy = f"off-policy after the first of {updates} updates on the same samples"
     rows = [
@@ -88,7 +90,7 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
         (
             "samples per epoch",
             f"{sample.total_batch_size} = {sample.batch_size} at a time"
-            f" x {sample.num_batches_per_epoch} batches x {num_processes} processes",
+            f" x {sample.num_batches_per_epoch} batches x {num_processes} processes{later}",
         ),
         (
             "samples per update",

@@ -225,6 +225,16 @@ def test_batch_table_tells_on_policy_from_off_policy():
     assert "off-policy" in table and "768 = 8 at a time x 12 batches x 8 processes" in table
 
 
+@pytest.mark.parametrize("while_painting", [True, False])
+def test_batch_table_tells_how_many_samples_are_painted_at_a_time(while_painting):
+    config = dgx.carve3d_train()
+    config.train.gradients_while_painting = while_painting
+    line = next(line for line in batch_table(config, 8).splitlines() if "samples per epoch" in line)
+    assert line.endswith("8 processes; after the first epoch 4 at a time" if while_painting else "8 processes")
+    config.train.batch_size = config.sample.batch_size
+    assert "after the first epoch" not in batch_table(config, 8)
+
+
 def test_batch_table_tells_when_gradients_are_taken():
     config = dgx.carve3d_train()
     for objective, words in (
