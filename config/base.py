@@ -188,8 +188,9 @@ def get_config() -> ConfigDict:
     config.train.adv_clip_max = 5.0
     # PPO's clip range for the ratio. So small because the log-probability is a mean over the latent's dimensions.
     config.train.clip_range = 1e-4
-    # Share of each trajectory's steps that is trained on, (0, 1]; drawn at random for every sample (with gradients
-    # taken while painting: for every painted batch, spread evenly, in proportion to their weights).
+    # Share of the trainable steps (all but skip_last_steps) that is trained on, (0, 1]; drawn at random for every
+    # sample (with gradients taken while painting: for every painted batch, spread evenly, in proportion to their
+    # weights).
     config.train.timestep_fraction = 1.0
     # Weight of step t in the loss: "uniform" (published) or "noise" (proportional to sigma_t^2, mean 1). The gradient
     # of a step scales like 1/sigma_t, so with uniform weights the last, nearly noise-free steps drown the others.
@@ -203,7 +204,8 @@ def get_config() -> ConfigDict:
     # an epoch has one update, of a LoRA, without the KL in the loss. Otherwise, and with False, as in DDPO.
     config.train.gradients_while_painting = True
     # Step size in what it does instead of what it is: the learning rate is calibrated so that one update moves the
-    # policy by this KL, in nats per trajectory, measured in float32 on the trained steps. 0 = keep learning_rate.
+    # policy by this KL, in nats per trajectory, measured in float32 on all trainable steps (all but skip_last_steps).
+    # 0 = keep learning_rate.
     config.train.kl_per_update = 0.0
     # In how many of the first updates the learning rate is calibrated; then it stays. Used with kl_per_update > 0.
     config.train.kl_calibration_updates = 3
@@ -275,8 +277,9 @@ def get_config() -> ConfigDict:
     config.kl_per_prompt_stat_tracking = True
     # "log_ratio" (published: unbiased, noisy) or "analytic" (closed form of each step, same expectation, less noise).
     config.kl_estimator = "log_ratio"
-    # Share of the trained steps at which the base model is asked, (0, 1]; drawn for every painted batch, spread evenly,
-    # so that the KL keeps its expectation and gets noisier. Validation asks at all of them.
+    # Share of the trainable steps (all but train.skip_last_steps, whatever train.timestep_fraction) at which the base
+    # model is asked, (0, 1]; drawn for every painted batch, spread evenly, so that the KL keeps its expectation and
+    # gets noisier. Validation asks at all of them, and a KL in the loss needs all.
     config.kl_timestep_fraction = 1.0
     # Compute and log the KL even when nothing is penalised.
     config.log_kl = True

@@ -43,7 +43,7 @@ class Samples:
     foreground: torch.Tensor  # (N, V) share of each view that is foreground
     empty: torch.Tensor  # (N, V) bool
     lpips: torch.Tensor | None  # (N, V) distance of each view from its render; NaN where it was compared with nothing
-    kl: torch.Tensor | None  # (N,) to the base model, over the steps that are trained on
+    kl: torch.Tensor | None  # (N,) to the base model, over the trainable steps at which it was asked
     seconds: dict  # of "sampling" and "reward"
     gradients: torch.Tensor | None = None  # (N, P) of each sample, see `rollout`, in host memory
     judges: dict[str, torch.Tensor] = field(default_factory=dict)  # (N,) of each judge, see `mrc.judges`
