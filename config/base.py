@@ -276,6 +276,7 @@ def get_config() -> ConfigDict:
     # Normalise the KL per prompt, as the rewards are, before it is weighted.
     config.kl_per_prompt_stat_tracking = True
     # "log_ratio" (published: unbiased, noisy) or "analytic" (closed form of each step, same expectation, less noise).
+    # For the KL in the reward, in the log and of stop_kl; the one in the loss is always the log ratio.
     config.kl_estimator = "log_ratio"
     # Share of the trainable steps (all but train.skip_last_steps, whatever train.timestep_fraction) at which the base
     # model is asked, (0, 1]; drawn for every painted batch, spread evenly, so that the KL keeps its expectation and
