@@ -23,7 +23,6 @@ from config.batches import (
     samples_per_process,
     trainable_steps,
     trained_steps,
-    updates_per_epoch,
 )
 from config.errors import MissingFileError, UnwritableError, UserError
 
@@ -316,12 +315,6 @@ def _check_steps(config: ConfigDict) -> None:
                 f"{base.get_config().train[key]!r}, or train.gradients_while_painting, use_lora and kl_in_reward to "
                 f"True, train.num_inner_epochs to 1 and train.total_batch_size to sample.total_batch_size"
             )
-    total_updates = (config.num_epochs - 1) * updates_per_epoch(config)
-    if train.kl_per_update > 0 and train.kl_calibration_updates > max(total_updates, 1):
-        raise UserError(
-            f"config.train.kl_calibration_updates is {train.kl_calibration_updates}, more than the "
-            f"{total_updates} updates of the run: lower it or raise config.num_epochs"
-        )
 
 
 def _check_foreign_keys(config: ConfigDict) -> None:

@@ -311,7 +311,12 @@ def test_step_contradictions():
     refused("only 2 steps", train__timestep_fraction=0.5, train__gradients_while_painting=False)
     refused("config.train.cfg is False", train__cfg=False)
     refused(r"sample.eta is 0.0: set it to a value in \(0, 1\]", sample__eta=0.0)
-    refused("kl_calibration_updates is 5, more than the 2", num_epochs=3, train__kl_calibration_updates=5)
+
+
+def test_a_run_may_end_before_its_step_is_calibrated():
+    config = tiny.get_config()
+    config.num_epochs, config.train.kl_calibration_updates = 3, 5
+    validate(config, 1, check_files=False)
 
 
 def test_the_advised_fraction_is_enough():
