@@ -46,11 +46,11 @@ def epoch_advantages(
         empty=None if config.mrc.empty_in_statistics else kept["empty"].any(1),
         worst=-config.train.adv_clip_max,
     )
-    advantages = torch.zeros(len(prompts))
-    advantages[torch.from_numpy(good)] = torch.as_tensor(found.advantages, dtype=torch.float32)
+    found = torch.as_tensor(found.advantages, dtype=torch.float32)
     if config.shuffle_advantages:
-        generator = make_generator(config.seed, SHUFFLE_ADVANTAGES, epoch)
-        advantages = advantages[torch.randperm(len(advantages), generator=generator)]
+        found = found[torch.randperm(len(found), generator=make_generator(config.seed, SHUFFLE_ADVANTAGES, epoch))]
+    advantages = torch.zeros(len(prompts))
+    advantages[torch.from_numpy(good)] = found
     return advantages
 
 

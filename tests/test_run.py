@@ -306,13 +306,13 @@ def normalized(values):
     return np.concatenate([(v - v.mean()) / v.std() for v in (values[:3], values[3:])])
 
 
-def advantages_of(scores=SCORES, epoch=1, **changes):
+def advantages_of(scores=SCORES, epoch=1, good=EVERYTHING, **changes):
     """(advantages, trackers after them) of two captions with three samples each."""
     config = base.get_config()
     config.per_prompt_stat_tracking.min_count = 1
     config.update_from_flattened_dict(changes)
     trackers = make_trackers(config)
-    return epoch_advantages(scores, CAPTIONS, EVERYTHING, trackers, config, epoch).numpy(), trackers
+    return epoch_advantages(scores, CAPTIONS, good, trackers, config, epoch).numpy(), trackers
 
 
 @pytest.mark.parametrize(
@@ -352,6 +352,15 @@ def test_a_control_gives_advantages_to_others_and_to_other_ones_in_every_epoch()
         np.testing.assert_array_equal(np.sort(one), np.sort(plain))
         assert not np.array_equal(one, plain)
     assert not np.array_equal(*shuffled)
+
+
+def test_a_control_gives_the_nothing_of_bad_samples_to_no_other():
+    good = np.array([True, False, True, True, True, False])
+    plain, _ = advantages_of(good=good)
+    for epoch in range(1, 9):
+        shuffled, _ = advantages_of(epoch=epoch, good=good, shuffle_advantages=True)
+        assert (shuffled[~good] == 0).all()
+        np.testing.assert_array_equal(np.sort(shuffled[good]), np.sort(plain[good]))
 
 
 @pytest.fixture(scope="module")
