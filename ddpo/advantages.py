@@ -1,7 +1,6 @@
 """How much better than expected a sample was: the normalised reward, minus the KL to the base model."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,14 +10,6 @@ from ddpo.sampling import SHUFFLE_ADVANTAGES, make_generator
 from ddpo.stat_tracking import PerPromptStatTracker, one_value_per_prompt
 
 STD_EPSILON = 1e-8
-
-
-class Advantages(NamedTuple):
-    """All (N,) numpy arrays in the order of the samples; `advantages` is for the loss, the others are for the log."""
-
-    advantages: np.ndarray
-    reward_advantages: np.ndarray
-    kl_normalized: np.ndarray | None  # None without a KL tracker
 
 
 def epoch_advantages(
@@ -38,15 +29,14 @@ def epoch_advantages(
     found = compute_advantages(
         kept["reward"],
         [prompt for prompt, is_good in zip(prompts, good, strict=True) if is_good],
-        kept["kl"] if config.kl_penalty else None,
+        kept["kl"] if config.kl_in_reward else None,
         trackers["reward"],
         trackers["kl"],
-        config.kl_in_reward,
         config.kl_normalized_coeff,
         empty=None if config.mrc.empty_in_statistics else kept["empty"].any(1),
         worst=-config.train.adv_clip_max,
     )
-    found = torch.as_tensor(found.advantages, dtype=torch.float32)
+    found = torch.as_tensor(found, dtype=torch.float32)
     if config.shuffle_advantages:
         found = found[torch.randperm(len(found), generator=make_generator(config.seed, SHUFFLE_ADVANTAGES, epoch))]
     advantages = torch.zeros(len(prompts))
@@ -74,42 +64,36 @@ def compute_advantages(
     kl: np.ndarray | None = None,
     reward_tracker: PerPromptStatTracker | None = None,
     kl_tracker: PerPromptStatTracker | None = None,
-    kl_in_reward: bool = True,
     kl_normalized_coeff: float = 0.2,
     empty: np.ndarray | None = None,
     worst: float = -5.0,
-) -> Advantages:
+) -> np.ndarray:
     """advantage = norm(reward) - kl_normalized_coeff * norm(kl), over the samples of ALL processes.
 
-    rewards: (N,) higher is better. prompts: N strings. kl: (N,) nats per dimension and step, or None for no KL penalty.
+    rewards: (N,) higher is better. prompts: N strings.
+    kl: (N,) nats per dimension and step, or None for no KL in the reward; in the loss it is a term of `ppo_loss`.
     reward_tracker: `PerPromptStatTracker` of the rewards; None normalises by mean and std (+1e-8) of the batch.
     kl_tracker: `PerPromptStatTracker` of the KL; None subtracts the raw KL.
-    kl_in_reward: False only tracks and reports the KL (it is then a term of the loss, see `ppo_loss`).
     kl_normalized_coeff: weight of the KL, >= 0 (Carve3D: 0.2).
     empty: (N,) bool, samples that show nothing, whose reward is a penalty rather than a measurement; None = none. They
         enter no statistics of rewards, where a single one would shrink the advantages of its prompt for epochs, and
         get the reward advantage `worst`, which should be -adv_clip_max. Without `empty` they are counted as published.
 
     The given trackers are updated; apart from that the function is pure. The KL is subtracted before the clamp to
-    `adv_clip_max` that `ppo_loss` applies. Returns `Advantages`. Raises ValueError for lengths that differ or values
-    that are not finite.
+    `adv_clip_max` that `ppo_loss` applies. Returns (N,) in the type of the rewards. Raises ValueError for lengths that
+    differ and UserError for values that are not finite.
     """
     # Both are checked before any tracker changes: a bad KL must not leave the rewards counted.
     rewards = one_value_per_prompt("rewards", rewards, prompts)
     kl = None if kl is None else one_value_per_prompt("kl", kl, prompts)
 
     counted = np.ones(len(rewards), bool) if empty is None else ~np.asarray(empty, bool)
-    reward_advantages = np.full_like(rewards, worst)
+    advantages = np.full_like(rewards, worst)
     if counted.any():
-        reward_advantages[counted] = _normalized(rewards[counted], np.array(prompts)[counted], reward_tracker)
+        advantages[counted] = _normalized(rewards[counted], np.array(prompts)[counted], reward_tracker)
     if kl is None:
-        return Advantages(reward_advantages, reward_advantages, None)
-
-    kl_normalized = None if kl_tracker is None else kl_tracker.update(prompts, kl)
-    if not kl_in_reward:
-        return Advantages(reward_advantages, reward_advantages, kl_normalized)
-    penalty = kl if kl_normalized is None else kl_normalized
-    return Advantages(reward_advantages - kl_normalized_coeff * penalty, reward_advantages, kl_normalized)
+        return advantages
+    return advantages - kl_normalized_coeff * (kl if kl_tracker is None else kl_tracker.update(prompts, kl))
 
 
 def _normalized(rewards, prompts, tracker):

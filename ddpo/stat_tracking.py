@@ -89,7 +89,8 @@ def one_value_per_prompt(name: str, values: np.ndarray, prompts: Sequence[str]) 
 def make_trackers(config: ConfigDict) -> dict[str, PerPromptStatTracker | None]:
     """{"reward", "kl"}: the per-prompt statistics of a run, None for those that are not wanted."""
     tracking = config.per_prompt_stat_tracking
-    wanted = {"reward": tracking is not None, "kl": tracking is not None and config.kl_per_prompt_stat_tracking}
+    of_kl = config.kl_in_reward and config.kl_per_prompt_stat_tracking
+    wanted = {"reward": tracking is not None, "kl": tracking is not None and of_kl}
     return {
         name: PerPromptStatTracker(tracking.buffer_size, tracking.min_count) if want else None
         for name, want in wanted.items()

@@ -95,14 +95,14 @@ MUTANTS = [
         "ddpo/advantages.py",
         (
             "advantages with the wrong sign",
-            "torch.as_tensor(found.advantages",
-            "torch.as_tensor(-found.advantages",
+            "torch.as_tensor(found,",
+            "torch.as_tensor(-found,",
             _KL_KEYS,
         ),
         (
             "the KL added to the reward",
-            "reward_advantages - kl_normalized_coeff",
-            "reward_advantages + kl_normalized_coeff",
+            "return advantages - kl_normalized_coeff",
+            "return advantages + kl_normalized_coeff",
             _KL_KEYS,
         ),
         (
@@ -113,8 +113,7 @@ MUTANTS = [
         ),
         ("no reward tracker", '        trackers["reward"],', "        None,", _KL_KEYS),
         ("no KL tracker", '        trackers["kl"],', "        None,", _KL_KEYS),
-        ("kl_penalty ignored in advantages", 'kept["kl"] if config.kl_penalty else None', 'kept["kl"]', _KL_KEYS),
-        ("kl_in_reward ignored in advantages", "        config.kl_in_reward,", "        True,", _KL_KEYS),
+        ("kl_in_reward ignored in advantages", 'kept["kl"] if config.kl_in_reward else None', 'kept["kl"]', _KL_KEYS),
         ("kl_normalized_coeff ignored", "        config.kl_normalized_coeff,", "        0.2,", _KL_KEYS),
         (
             "mrc.empty_in_statistics ignored",
@@ -358,8 +357,14 @@ MUTANTS = [
         ),
         (
             "kl_per_prompt_stat_tracking ignored",
-            "tracking is not None and config.kl_per_prompt_stat_tracking",
-            "tracking is not None",
+            "of_kl = config.kl_in_reward and config.kl_per_prompt_stat_tracking",
+            "of_kl = config.kl_in_reward",
+            _KL_KEYS,
+        ),
+        (
+            "statistics of a KL that nobody reads",
+            "of_kl = config.kl_in_reward and config.kl_per_prompt_stat_tracking",
+            "of_kl = config.kl_per_prompt_stat_tracking",
             _KL_KEYS,
         ),
     ),

@@ -17,33 +17,35 @@ def test_golden_variants(variant):
     def tracker(on):
         return PerPromptStatTracker(variant["buffer_size"], variant["min_count"]) if on else None
 
-    reward_tracker = tracker(variant["per_prompt_stat_tracking"])
-    kl_tracker = tracker(variant["kl_per_prompt_stat_tracking"])
+    # the terms are compared too, each with trackers of its own
+    together, reward_alone = [tracker(variant["per_prompt_stat_tracking"]) for _ in range(2)]
+    kl_together, kl_alone = [tracker(variant["kl_per_prompt_stat_tracking"]) for _ in range(2)]
     for epoch in variant["epochs"]:
-        result = compute_advantages(
-            np.array(epoch["rewards"], dtype=np.float32),
-            epoch["prompts"],
-            np.array(epoch["kl"], dtype=np.float32),
-            reward_tracker,
-            kl_tracker,
-            variant["kl_in_reward"],
+        rewards, prompts = np.array(epoch["rewards"], dtype=np.float32), epoch["prompts"]
+        kl = np.array(epoch["kl"], dtype=np.float32)
+        found = compute_advantages(
+            rewards,
+            prompts,
+            kl if variant["kl_in_reward"] else None,
+            together,
+            kl_together,
             variant["kl_normalized_coeff"],
         )
-        assert result.advantages.dtype == np.float32
-        for key in ("advantages", "reward_advantages"):
-            np.testing.assert_allclose(getattr(result, key), epoch[key], atol=1e-5, rtol=1e-5)
-        if epoch["kl_normalized"] is None:
-            assert result.kl_normalized is None
-        else:
-            np.testing.assert_allclose(result.kl_normalized, epoch["kl_normalized"], atol=1e-5, rtol=1e-5)
-        np.testing.assert_allclose(result.advantages.clip(-5, 5), epoch["advantages_clamped_5"], atol=1e-5, rtol=1e-5)
+        assert found.dtype == np.float32
+        terms = {"advantages": found, "reward_advantages": compute_advantages(rewards, prompts, None, reward_alone)}
+        terms["advantages_clamped_5"] = found.clip(-5, 5)
+        if epoch["kl_normalized"] is not None:
+            terms["kl_normalized"] = kl_alone.update(prompts, kl)
+        for key, term in terms.items():
+            np.testing.assert_allclose(term, epoch[key], atol=1e-5, rtol=1e-5)
         per_process = np.concatenate(epoch["per_process"])  # contiguous slices in rank order
-        np.testing.assert_allclose(result.advantages, per_process, atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(found, per_process, atol=1e-5, rtol=1e-5)
 
 
 def test_without_kl_the_advantage_is_the_normalised_reward():
-    result = compute_advantages([1.0, 3.0], ["a", "b"])
-    assert result.advantages == pytest.approx([-1, 1]) and result.kl_normalized is None
+    tracker = PerPromptStatTracker(4, 1)
+    assert compute_advantages([1.0, 3.0], ["a", "b"], kl_tracker=tracker) == pytest.approx([-1, 1])
+    assert not tracker.get_stats()
 
 
 def test_bad_values_are_refused_before_any_tracker_changes():
@@ -61,16 +63,16 @@ def test_an_empty_sample_gets_the_worst_advantage_and_spoils_no_statistics():
     tracker, without = PerPromptStatTracker(8, 1), PerPromptStatTracker(8, 1)
     result = compute_advantages(rewards, prompts, reward_tracker=tracker, empty=empty, worst=-3.0)
     expected = without.update(["a", "a", "b"], rewards[[0, 1, 3]])
-    assert result.advantages.tolist() == [*expected[:2], -3.0, expected[2]]
+    assert result.tolist() == [*expected[:2], -3.0, expected[2]]
     assert tracker.get_stats() == without.get_stats() and tracker.get_stats()["a"]["count"] == 2
     published = compute_advantages(rewards, prompts, reward_tracker=PerPromptStatTracker(8, 1))
-    assert np.ptp(published.advantages[:2]) < 0.3 * np.ptp(result.advantages[:2])  # what one empty sample did to "a"
-    batch = compute_advantages(rewards, prompts, empty=empty, worst=-3.0).advantages
+    assert np.ptp(published[:2]) < 0.3 * np.ptp(result[:2])  # what one empty sample did to "a"
+    batch = compute_advantages(rewards, prompts, empty=empty, worst=-3.0)
     assert batch[2] == -3.0 and batch[[0, 1, 3]].mean() == pytest.approx(0, abs=1e-6)
-    assert compute_advantages(rewards, prompts, empty=[True] * 4, worst=-3.0).advantages.tolist() == [-3.0] * 4
+    assert compute_advantages(rewards, prompts, empty=[True] * 4, worst=-3.0).tolist() == [-3.0] * 4
 
 
 def test_an_empty_sample_still_pays_for_its_kl():
     kl = np.array([0.0, 2.0], np.float32)
     result = compute_advantages([-0.1, -1.0], ["a", "b"], kl, kl_normalized_coeff=0.5, empty=[False, True], worst=-3.0)
-    assert result.advantages.tolist() == [0.0, -4.0]
+    assert result.tolist() == [0.0, -4.0]

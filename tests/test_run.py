@@ -322,7 +322,6 @@ def advantages_of(scores=SCORES, epoch=1, good=EVERYTHING, **changes):
         ({"kl_normalized_coeff": 0.5}, normalized(SCORES["reward"]) - 0.5 * normalized(SCORES["kl"])),
         ({"kl_per_prompt_stat_tracking": False}, normalized(SCORES["reward"]) - 0.2 * SCORES["kl"]),
         ({"kl_in_reward": False}, normalized(SCORES["reward"])),
-        ({"kl_penalty": False}, normalized(SCORES["reward"])),
     ],
     ids=lambda value: "-".join(value) or "published" if isinstance(value, dict) else "",
 )
@@ -330,6 +329,8 @@ def test_the_kl_is_weighted_as_its_keys_say(changes, expected):
     found, trackers = advantages_of(**changes)
     np.testing.assert_allclose(found, expected, atol=1e-4)
     assert trackers["reward"].get_stats()["a"]["mean"] == pytest.approx(SCORES["reward"][:3].mean())
+    if changes.get("kl_in_reward") is False:
+        assert trackers["kl"] is None  # nobody would read it
     if not changes:
         assert trackers["kl"].get_stats()["b"]["mean"] == pytest.approx(SCORES["kl"][3:].mean())
 
@@ -337,7 +338,7 @@ def test_the_kl_is_weighted_as_its_keys_say(changes, expected):
 def test_one_empty_view_is_enough_for_the_worst_advantage():
     empty = SCORES["empty"].copy()
     empty[4, 2] = True
-    changes = {"kl_penalty": False, "train.adv_clip_max": 3.0}
+    changes = {"kl_in_reward": False, "train.adv_clip_max": 3.0}
     found, trackers = advantages_of({**SCORES, "empty": empty}, **changes)
     assert found[4] == -3.0 and trackers["reward"].get_stats()["b"]["count"] == 2
     counted, trackers = advantages_of({**SCORES, "empty": empty}, **changes, **{"mrc.empty_in_statistics": True})
