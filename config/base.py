@@ -143,7 +143,8 @@ def get_config() -> ConfigDict:
     # Text appended to every prompt before the painter reads it, such as ", white background". Rewards and trackers
     # see the prompt without it.
     config.sample.prompt_suffix = ""
-    # Objects in one saved picture: painted views over re-rendered ones. 0 = no pictures.
+    # Objects in one picture below samples/: painted views over re-rendered ones. 0 = no pictures there. Validations
+    # keep the views of every prompt in any case.
     config.sample.save_images = 8
 
     ###### Update ######
