@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from config.batches import trainable_steps
+from config.batches import trainable_steps, trained_steps
 from ddpo.ppo import ppo_loss, timestep_weights
 from ddpo.progress import Progress
 from diffusers_patch.ddim_with_logprob import ddim_std, ddim_step_with_logprob
@@ -117,13 +117,13 @@ def shuffled_micro_batches(
     """For each optimizer step of an epoch its micro-batches: [(samples (b,), their timesteps (b, K))].
 
     In each of `num_inner_epochs` passes the samples are shuffled, and the timesteps independently for every sample
-    (as in DDPO), of which the first K = int(trainable steps * timestep_fraction) are trained on.
+    (as in DDPO), of which the first K, `trained_steps`, are trained on.
     """
     train, num_steps = config.train, trainable_steps(config)
     for _ in range(train.num_inner_epochs):
         order = torch.randperm(num_samples, generator=generator)
         steps = torch.stack([torch.randperm(num_steps, generator=generator) for _ in range(num_samples)])
-        steps = steps[:, : int(num_steps * train.timestep_fraction)]
+        steps = steps[:, : trained_steps(config)]
         batches = list(zip(order.split(train.batch_size), steps.split(train.batch_size), strict=True))
         for first in range(0, len(batches), train.gradient_accumulation_steps):
             yield batches[first : first + train.gradient_accumulation_steps]
