@@ -249,7 +249,8 @@ def get_config() -> ConfigDict:
     # Reward of a sample with an empty view. Below 0, which is a perfect MRC: otherwise painting nothing wins.
     config.mrc.empty_view_reward = -1.0
     # Let the rewards of samples with an empty view enter the statistics that advantages are relative to, as published.
-    # False: they get the worst advantage, -train.adv_clip_max, and leave the statistics of their prompts alone.
+    # False: they get the worst advantage, -train.adv_clip_max, and leave the statistics of their prompts alone. Only
+    # with reward_fn = "mrc", whose reward of them is a penalty.
     config.mrc.empty_in_statistics = False
     # LPIPS weights (AlexNet, v0.1). "" = the file that ships with mrc/.
     config.mrc.lpips_checkpoint = ""

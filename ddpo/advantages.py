@@ -26,6 +26,8 @@ def epoch_advantages(
     others get 0 and enter no statistics. trackers: {"reward", "kl"}, updated.
     """
     kept = {name: value[good] for name, value in scores.items()}
+    # only a reward that compares views with their renders, and so has "lpips", punishes empty ones; others measure them
+    punished = "lpips" in kept and not config.mrc.empty_in_statistics
     found = compute_advantages(
         kept["reward"],
         [prompt for prompt, is_good in zip(prompts, good, strict=True) if is_good],
@@ -33,7 +35,7 @@ def epoch_advantages(
         trackers["reward"],
         trackers["kl"],
         config.kl_normalized_coeff,
-        empty=None if config.mrc.empty_in_statistics else kept["empty"].any(1),
+        empty=kept["empty"].any(1) if punished else None,
         worst=-config.train.adv_clip_max,
     )
     found = torch.as_tensor(found, dtype=torch.float32)

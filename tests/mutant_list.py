@@ -117,8 +117,14 @@ MUTANTS = [
         ("kl_normalized_coeff ignored", "        config.kl_normalized_coeff,", "        0.2,", _KL_KEYS),
         (
             "mrc.empty_in_statistics ignored",
-            "None if config.mrc.empty_in_statistics else",
-            "None if False else",
+            " and not config.mrc.empty_in_statistics",
+            "",
+            _EMPTY,
+        ),
+        (
+            "an empty view is punished by every reward",
+            '"lpips" in kept and not',
+            "not",
             _EMPTY,
         ),
         ("only samples without any object count as empty", 'kept["empty"].any(1)', 'kept["empty"].all(1)', _EMPTY),

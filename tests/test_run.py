@@ -296,6 +296,7 @@ SCORES = {
     "reward": np.array([-0.3, -0.1, -0.4, -0.2, -1.0, -0.6], np.float32),
     "kl": np.array([1.0, 3.0, 2.0, 5.0, 4.0, 3.0], np.float32),
     "empty": np.zeros((6, 4), bool),
+    "lpips": np.full((6, 4), 0.3, np.float32),
 }
 CAPTIONS = ["a", "a", "a", "b", "b", "b"]
 EVERYTHING = np.ones(6, bool)
@@ -344,6 +345,8 @@ def test_one_empty_view_is_enough_for_the_worst_advantage():
     counted, trackers = advantages_of({**SCORES, "empty": empty}, **changes, **{"mrc.empty_in_statistics": True})
     np.testing.assert_allclose(counted, normalized(SCORES["reward"]), atol=1e-4)
     assert trackers["reward"].get_stats()["b"]["count"] == 3
+    measured = {name: value for name, value in SCORES.items() if name != "lpips"} | {"empty": empty}
+    assert advantages_of(measured, **changes)[0] == pytest.approx(counted)  # of a reward that has no penalty for it
 
 
 def test_a_control_gives_advantages_to_others_and_to_other_ones_in_every_epoch():
