@@ -35,6 +35,10 @@ count_gpus() {  # GPUs that CUDA_VISIBLE_DEVICES leaves and, unless it is a dry 
     echo "$gpus"
 }
 
+count_cores() {  # whatever OMP_NUM_THREADS is, which nproc would answer
+    env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc 2>/dev/null || getconf _NPROCESSORS_ONLN
+}
+
 is_count() {
     [[ "$1" =~ ^[1-9][0-9]*$ ]]
 }
@@ -66,7 +70,7 @@ start() {
 torchrun() {  # torchrun PROCESSES_ON_THIS_MACHINE [flags of torchrun] carve3d_train.py [trainer flags]
     local processes="$1" cores threads
     shift
-    cores="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+    cores="$(count_cores)"
     threads=$((cores / processes))
     export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
     start "$VENV_PYTHON" -m tools.launch --nproc_per_node "$processes" "$@"
@@ -142,7 +146,7 @@ fi
 if [ -n "${CARVE3D_PROCESSES:-}" ]; then
     processes="$CARVE3D_PROCESSES"
 elif [ "$gpus" -eq 0 ]; then
-    processes="$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)"
+    processes="$(count_cores)"
     processes=$((processes < 2 ? processes : 2))
 else
     case "$configuration" in

@@ -24,7 +24,8 @@ def run(tmp_path):
 
     def run(*arguments, gpus=0, cores=4, **environment):
         executable(tmp_path / "nvidia-smi", "\n".join(["true"] + [f'echo "GPU {i}: some card"' for i in range(gpus)]))
-        executable(tmp_path / "nproc", f"echo {cores}")
+        # as GNU's, which answers for OpenMP
+        executable(tmp_path / "nproc", f"echo ${{OMP_THREAD_LIMIT:-${{OMP_NUM_THREADS:-{cores}}}}}")
         inherited = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
         result = subprocess.run(
             ["bash", str(ROOT / "carve3d_train.sh"), *arguments],
@@ -54,6 +55,9 @@ def test_number_of_processes_and_threads_can_be_set(run):
     command = run("--config.seed=1", CARVE3D_PROCESSES="4", OMP_NUM_THREADS="3")[1]
     assert "OMP_NUM_THREADS=3" in command and "--nproc_per_node 4" in command
     assert command.endswith("--config config/tiny.py --config.seed=1")
+    for name in ("OMP_NUM_THREADS", "OMP_THREAD_LIMIT"):  # of a process, and no number of cores
+        assert "--nproc_per_node 2 " in run(cores=8, **{name: "1"})[1]
+    assert run(cores=8, OMP_THREAD_LIMIT="1")[1].startswith("OMP_NUM_THREADS=4 ")
     code, _, error = run(CARVE3D_PROCESSES="many")
     assert code != 0 and "CARVE3D_PROCESSES is 'many'" in error
 
