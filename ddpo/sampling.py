@@ -77,7 +77,7 @@ def collect_samples(
     None = all. backward: take gradients of config.train.objective while painting, `config.train.batch_size` at a
     time, see `rollout` and `ddpo.matching`.
     """
-    trajectories, gradients, results, images = [], [], [], []
+    whole, results, images = None, [], []
     bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}
     size = config.train.batch_size if backward else config.sample.batch_size
     suffix, learning = config.sample.prompt_suffix, {}
@@ -119,9 +119,10 @@ def collect_samples(
                 kept["renders"] = resize_views(result.renders, trajectory.views.shape[-1])
             kept = {name: value[: keep_images - first] for name, value in kept.items()}
             images.append({name: to_bytes(value) for name, value in kept.items()})
-        if backward:
-            gradients.append(trajectory.gradients.cpu())
-        trajectories.append(replace(trajectory, views=None, gradients=None).to("cpu"))
+        trajectory = replace(trajectory, views=None)
+        if whole is None:
+            whole = trajectory.room_for(len(prompts))
+        whole.put(first, trajectory)
         results.append(replace(result, reward=result.reward.masked_fill(~good, torch.nan), renders=None))
         seconds["sampling"] += middle - start
         seconds["reward"] += time.perf_counter() - middle
@@ -131,17 +132,16 @@ def collect_samples(
     def cat(name):
         return torch.cat([getattr(result, name) for result in results])
 
-    trajectory = Trajectory.cat(trajectories)
     return Samples(
-        trajectory=trajectory,
+        trajectory=replace(whole, gradients=None),
         images={name: torch.cat([part[name] for part in images]) for name in (images[0] if images else ())},
         reward=cat("reward").float(),
         foreground=cat("foreground"),
         empty=cat("empty"),
         lpips=None if results[0].lpips is None else cat("lpips"),
-        kl=trajectory.kl(config.kl_estimator, config.train.skip_last_steps),
+        kl=whole.kl(config.kl_estimator, config.train.skip_last_steps),
         seconds=seconds,
-        gradients=torch.cat(gradients) if gradients else None,
+        gradients=whole.gradients,
         judges={name: torch.cat([result.judges[name] for result in results]) for name in results[0].judges},
         bad_views=bad_views,
     )

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from diffusers_patch.ddim_with_logprob import analytic_kl, check_scheduler, ddim_mean_std, gaussian_log_prob
@@ -95,18 +96,19 @@ class Trajectory:
             conditioning={name: value[row] for name, value in self.conditioning.items()},
         )
 
-    @staticmethod
-    def cat(trajectories: Sequence["Trajectory"]) -> "Trajectory":
-        """One trajectory of the samples of many."""
+    def room_for(self, count: int) -> "Trajectory":
+        """Room in host memory for `count` samples like these, which `put` fills. (Joined from a list of parts, an epoch
+        would for a moment be there twice.)"""
+        return self._map(lambda value: torch.empty(count, *value.shape[1:], dtype=value.dtype))
 
-        def join(values):
-            if values[0] is None:
-                return None
-            if isinstance(values[0], dict):
-                return {name: torch.cat([value[name] for value in values]) for name in values[0]}
-            return torch.cat(values)
+    def put(self, first: int, part: "Trajectory") -> None:
+        """Let the samples of `part`, from any device, be those from `first` on."""
+        for mine, theirs in zip(self._tensors(), part._tensors(), strict=True):
+            mine[first : first + len(part)] = theirs
 
-        return Trajectory(**{f.name: join([getattr(t, f.name) for t in trajectories]) for f in fields(Trajectory)})
+    def _tensors(self):
+        values = [getattr(self, f.name) for f in fields(self)]
+        return [value for value in tree_leaves(values) if value is not None]
 
 
 @torch.no_grad()

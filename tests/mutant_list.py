@@ -172,8 +172,8 @@ MUTANTS = [
         ("sample.eta ignored in painting", "            config.sample.eta,", "            1.0,", _ETA),
         (
             "kl_estimator ignored",
-            "trajectory.kl(config.kl_estimator, ",
-            'trajectory.kl("log_ratio", ',
+            "whole.kl(config.kl_estimator, ",
+            'whole.kl("log_ratio", ',
             "test_run.py::test_the_kl_is_estimated_as_its_key_says",
         ),
         (

@@ -19,7 +19,7 @@ from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from diffusers_patch.loading import load_painter, weights_variant
 from diffusers_patch.mv_sdxl import split_grid
 from diffusers_patch.policy import DTYPES
-from diffusers_patch.rollout import Trajectory, draw_noise, rollout
+from diffusers_patch.rollout import draw_noise, rollout
 from mrc.sanity_rewards import tile_views
 from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, make_world, settings
 from tools import show_painter
@@ -192,8 +192,10 @@ def test_a_trajectory_in_parts():
     policy = golden_policy()
     policy.add_lora(rank=4)
     whole = rollout(policy, PROMPTS, 3, 5.0, generator=torch.Generator().manual_seed(0), score_reference=True)
-    parts = [whole.take(torch.tensor([1])), whole.take(torch.tensor([0]))]
-    again = Trajectory.cat([part.to("cpu") for part in parts]).take(torch.tensor([1, 0]))
+    again = whole.room_for(2)
+    for place in (1, 0):
+        again.put(place, whole.take(torch.tensor([1 - place])))
+    again = again.take(torch.tensor([1, 0]))
     assert len(again) == 2 and again.num_steps == 3
     assert torch.equal(again.latents, whole.latents) and torch.equal(again.kl("analytic"), whole.kl("analytic"))
     assert all(torch.equal(again.conditioning[name], value) for name, value in whole.conditioning.items())

@@ -1,6 +1,7 @@
 """What a run does with its configuration and its seed: its own stages, in this process, on models of a few thousand
 weights."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -400,6 +401,28 @@ def test_the_kl_in_the_loss_is_weighted_by_beta(scored, penalty, in_reward, beta
     expected = beta * kl if penalty and not in_reward else torch.zeros(4)
     assert losses == pytest.approx(expected.tolist(), rel=1e-3, abs=1e-5)
     assert beta * kl.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_an_epoch_is_in_memory_once(world, tmp_path, monkeypatch, learning):
+    """What was painted batch by batch is not kept until the last: joined then, it would be there twice."""
+    run = bright_run(world, tmp_path, sample__batch_size=2, train__batch_size=2)
+    painted = []
+
+    def remembered(*args, **kwargs):
+        assert sum(part() is not None for part in painted) <= 1 + learning  # of the batch before
+        trajectory = rollout(*args, **kwargs)
+        painted.extend(map(weakref.ref, (trajectory.latents, trajectory.gradients)[: 1 + learning]))
+        return trajectory
+
+    monkeypatch.setattr(ddpo.sampling, "rollout", remembered)
+    generators = [make_generator(0, 0, i) for i in range(5)]
+    backward = torch.Tensor.backward if learning else None
+    samples = run.collect_samples(brightness, ["a red cube"] * 5, generators, backward=backward)
+    assert len(painted) == 3 * (1 + learning) and len(samples.trajectory) == 5
+    alone = run.collect_samples(brightness, ["a red cube"], [make_generator(0, 0, 4)], backward=backward)
+    assert torch.allclose(samples.trajectory.latents[4], alone.trajectory.latents[0], atol=1e-4)
+    assert not learning or torch.allclose(samples.gradients[4], alone.gradients[0], atol=1e-4)
 
 
 def test_the_base_model_is_asked_as_often_as_wanted(world, tmp_path):
