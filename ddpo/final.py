@@ -1,6 +1,5 @@
 """What a run leaves for others: `final/`, with what stock diffusers needs beside the painter, and how to load it."""
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from ddpo.files import whole
-from diffusers_patch.checks import LORA_FILE
+from diffusers_patch.checks import LORA_FILE, has_stock_unet
 from diffusers_patch.policy import MultiViewPolicy
 
 FUSED = "fuse_first"  # the LoRA that was fused into the painter before the run
@@ -68,7 +67,7 @@ def loading(pipeline: str, config: ConfigDict, folder: Path) -> list[str]:
     """Lines that make `pipeline`."""
     pretrained, model, lines = config.pretrained, config.pretrained.model, []
     revision = "" if Path(model).exists() else pretrained.revision
-    if config.painter.name == "mvdream" and not _is_stock(Path(model)):
+    if config.painter.name == "mvdream" and not has_stock_unet(Path(model)):
         command = f"{shlex.quote(model)} {shlex.quote(str(folder / CONVERTED))}"
         tokenizer = pretrained.tokenizer if Path(model).is_file() else ""  # a folder has its own
         for flag, value in (("tokenizer", tokenizer), ("revision", revision)):
@@ -125,9 +124,3 @@ def how_to_paint(config: ConfigDict) -> str:
         elevation=painter.elevation,
         azimuth=painter.azimuth_start,
     )
-
-
-def _is_stock(model):
-    """Whether a path is a folder of MVDream that stock diffusers reads."""
-    file = model / "unet" / "config.json"
-    return file.is_file() and json.loads(file.read_text())["_class_name"] == "UNet2DConditionModel"

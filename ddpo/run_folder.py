@@ -21,35 +21,23 @@ from config import base
 from config.errors import UserError
 from config.validate import AUTO, flatten
 from ddpo.checkpoint import checkpoints, epochs_of, find_checkpoint
+from ddpo.evaluation import relevant_keys
 from ddpo.files import PARTIAL
 from prompts.dataset import PromptDataset
 
 LOCK = "run.lock"
 # What a run's weights and optimizer are made for; with other values they could not be loaded.
 FIXED = ("painter.name", "use_lora", "lora.rank", "lora.targets", "train.use_8bit_adam")
-# What the rewards in a run's validations and trackers measure; with other values they could not be compared. Where
-# files are, and the arithmetic, may differ: the run may have moved to another machine.
-MEASURED = (
-    "reward_fn",
-    "painter.elevation",
-    "painter.azimuth_start",
-    "painter.negative_prompt",
-    "sample.num_steps",
-    "sample.eta",
-    "sample.guidance_scale",
-    "sample.guidance_rescale",
-    "sample.initial_latents",
-    "sample.blob_std",
-    "sample.prompt_suffix",
-    "recon.name",
-    "recon.render_size",
-    "recon.input_views",
-    "recon.cameras",
-    "recon.elevation",
-    "recon.remove_background",
-    "mrc.bbox_lpips",
-    "mrc.min_foreground",
-    "mrc.empty_view_reward",
+# Of the keys that rewards depend on (`relevant_keys`), those that may differ: where files are, for the run may have
+# moved to another machine, its arithmetic, and what becomes of the rewards.
+MAY_DIFFER = (
+    "pretrained.",
+    "recon.checkpoint",
+    "recon.dtype",
+    "mrc.lpips_checkpoint",
+    "mrc.empty_in_statistics",
+    "mixed_precision",
+    "allow_tf32",
 )
 OF_RESUMING = ("resume_from", "resume_previous_if_damaged")
 NUMBERED = {  # what bears the number of epochs after which, or of the epoch in which, it was made
@@ -189,9 +177,9 @@ def _changes(checkpoint, config, prompts):
             raise UserError(
                 f"config.{key} is {wanted!r}, but {checkpoint} was trained with {found!r}: set it to that, or {new_run}"
             )
-    for key in MEASURED:
-        if key in changed:
-            found, wanted = changed[key]
+    relevant = relevant_keys(config, "reward_fn")
+    for key, (found, wanted) in changed.items():
+        if f"config.{key}" in relevant and not key.startswith(MAY_DIFFER):
             if config.use_lora and not saved["config"]["pretrained"]["lora"]:  # there is room for one
                 new_run += f" from its LoRA (config.pretrained.lora = '{run}/final' or '{run}/lora/epoch_XXXX')"
             raise UserError(

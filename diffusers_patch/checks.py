@@ -122,8 +122,7 @@ def check_painter_files(config: ConfigDict) -> None:
         _check_vae(pretrained.vae)
     if pretrained.lora:
         # an MVDream of the published layout names its layers otherwise: `fuse_lora` looks when they are converted
-        stock = folder.is_dir() and _is_stock(read_json(folder / "unet" / "config.json", WHOLE))
-        files = sorted((folder / "unet").glob("*.safetensors")) if stock else []
+        files = sorted((folder / "unet").glob("*.safetensors")) if has_stock_unet(folder) else []
         shapes = {key: shape for file in files for key, shape in weight_shapes(file).items()}
         read_lora(pretrained.lora, shapes, "config.pretrained.lora", "give another folder, or '' for none")
 
@@ -171,7 +170,7 @@ def check_tokenizer(place: str | Path, subfolder: str, remedy: str) -> None:
 def _check_folder(folder, name):
     kind, said = KINDS[name], f"config.pretrained.model = {str(folder)!r}"
     unet = read_json(folder / "unet" / "config.json", WHOLE)
-    if _is_stock(unet):
+    if has_stock_unet(folder):
         _check_index(read_json(folder / "model_index.json", WHOLE), name, said)
         check_unet(unet, name, said)
     elif name != "mvdream":  # the published MVDream has a UNet and a pipeline of its own, which are converted
@@ -185,9 +184,10 @@ def _check_folder(folder, name):
             )
 
 
-def _is_stock(unet):
-    """Whether the configuration of a UNet is that of the class of diffusers."""
-    return unet.get("_class_name") == "UNet2DConditionModel"
+def has_stock_unet(folder: Path) -> bool:
+    """Whether `folder` is there and its UNet is of the class of diffusers."""
+    file = folder / "unet" / "config.json"
+    return file.is_file() and read_json(file, WHOLE).get("_class_name") == "UNet2DConditionModel"
 
 
 def check_unet(config: Mapping, name: str, said: str) -> None:

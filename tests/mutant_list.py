@@ -487,8 +487,8 @@ MUTANTS = [
         ),
         (
             "a run goes on with rewards that measure something else",
-            "for key in MEASURED:",
-            "for key in ():",
+            "in relevant and not key",
+            "in () and not key",
             "test_interruptions.py::test_what_cannot_be_resumed_is_refused_and_nothing_is_written",
         ),
     ),

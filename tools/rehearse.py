@@ -121,8 +121,6 @@ def small(config: ConfigDict, folder: Path, painter: Path, reconstructor: Path) 
         "train.use_8bit_adam": False,
         "recon.remove_background": False,
     }
-    if train.kl_per_update > 0:
-        values["train.kl_calibration_updates"] = min(train.kl_calibration_updates, updates * train.num_inner_epochs)
     if given.get("per_prompt_stat_tracking.buffer_size"):
         per_prompt = updates * per_update // KEPT
         values["per_prompt_stat_tracking.min_count"] = per_prompt
