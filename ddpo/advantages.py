@@ -31,7 +31,7 @@ def epoch_advantages(
     found = compute_advantages(
         kept["reward"],
         [prompt for prompt, is_good in zip(prompts, good, strict=True) if is_good],
-        kept["kl"] if config.kl_in_reward else None,
+        kept["kl"] if config.kl_penalty and config.kl_in_reward else None,
         trackers["reward"],
         trackers["kl"],
         config.kl_normalized_coeff,

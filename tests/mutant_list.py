@@ -113,7 +113,18 @@ MUTANTS = [
         ),
         ("no reward tracker", '        trackers["reward"],', "        None,", _KL_KEYS),
         ("no KL tracker", '        trackers["kl"],', "        None,", _KL_KEYS),
-        ("kl_in_reward ignored in advantages", 'kept["kl"] if config.kl_in_reward else None', 'kept["kl"]', _KL_KEYS),
+        (
+            "kl_in_reward ignored in advantages",
+            'kept["kl"] if config.kl_penalty and config.kl_in_reward else None',
+            'kept["kl"]',
+            _KL_KEYS,
+        ),
+        (
+            "kl_penalty ignored in advantages",
+            "config.kl_penalty and config.kl_in_reward",
+            "config.kl_in_reward",
+            _KL_KEYS,
+        ),
         ("kl_normalized_coeff ignored", "        config.kl_normalized_coeff,", "        0.2,", _KL_KEYS),
         (
             "mrc.empty_in_statistics ignored",

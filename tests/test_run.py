@@ -324,6 +324,7 @@ def advantages_of(scores=SCORES, epoch=1, good=EVERYTHING, **changes):
         ({"kl_normalized_coeff": 0.5}, normalized(SCORES["reward"]) - 0.5 * normalized(SCORES["kl"])),
         ({"kl_per_prompt_stat_tracking": False}, normalized(SCORES["reward"]) - 0.2 * SCORES["kl"]),
         ({"kl_in_reward": False}, normalized(SCORES["reward"])),
+        ({"kl_penalty": False}, normalized(SCORES["reward"])),
     ],
     ids=lambda value: "-".join(value) or "published" if isinstance(value, dict) else "",
 )

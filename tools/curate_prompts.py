@@ -34,11 +34,10 @@ from config.errors import UserError
 from config.validate import check_folder, validate
 from ddpo.evaluation import relevant_keys
 from ddpo.progress import Progress
-from ddpo.sampling import EVALUATION, make_generator
+from ddpo.sampling import EVALUATION, collect_samples, make_generator
 from ddpo.setup import set_arithmetic, start_accelerator
 from diffusers_patch.checks import check_cameras
 from diffusers_patch.loading import load_painter
-from diffusers_patch.rollout import rollout
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
 
@@ -154,19 +153,11 @@ def painter_score(config: ConfigDict, samples: int, device: torch.device) -> Cal
     """
     reward_fn = load_reward(config, device)
     policy = load_painter(config, device)
-    sample = config.sample
 
-    @torch.no_grad()
     def score(index: int, prompt: str) -> Scores:
-        scores = Scores([], [])
-        for some in torch.arange(samples).split(sample.batch_size):
-            generators = [make_generator(config.seed, EVALUATION, index, s) for s in some.tolist()]
-            painted = [prompt + sample.prompt_suffix] * len(some)
-            trajectory = rollout(policy, painted, sample.num_steps, sample.guidance_scale, sample.eta, generators)
-            result = reward_fn(trajectory.views, [prompt] * len(some))
-            scores.rewards += result.reward.tolist()
-            scores.empty += result.empty.any(1).tolist()
-        return scores
+        generators = [make_generator(config.seed, EVALUATION, index, s) for s in range(samples)]
+        painted = collect_samples(policy, reward_fn, [prompt] * samples, generators, config, score_reference=False)
+        return Scores(painted.reward.tolist(), painted.empty.any(1).tolist())
 
     return score
 
