@@ -23,7 +23,8 @@ from config import cli
 from config.batches import batch_table, gradients_while_painting
 from config.errors import first_line
 from config.validate import check_run_places, validate
-from ddpo.advantages import epoch_advantages, relative_area
+from ddpo.advantages import epoch_advantages
+from ddpo.area import AreaControl
 from ddpo.bad_samples import leave_out_bad
 from ddpo.calibration import StepCalibration, check_clip_range
 from ddpo.checkpoint import load_run, save_run
@@ -80,6 +81,7 @@ class Run:
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.trackers = make_trackers(config)
+        self.area_control = AreaControl() if config.train.hold_foreground else None
         self.score_reference = config.kl_penalty or config.log_kl
         self.show_progress = accelerator.is_local_main_process
         switches = {"score_reference": self.score_reference, "show_progress": self.show_progress}
@@ -143,27 +145,28 @@ class Run:
         if not good.all():
             samples = leave_out_bad(self, epoch, samples, prompts, good, local)
         advantages = epoch_advantages(scores, prompts, good, self.trackers, config, epoch)
-        area = relative_area(scores["foreground"], prompts, good) if config.train.hold_foreground else None
+        if self.area_control:
+            advantages = self.area_control(advantages, scores["foreground"], prompts, good)
         scores = {name: value[good] for name, value in scores.items()}
         self.kl = float(scores["kl"].mean()) if self.score_reference else 0.0
 
         start = time.perf_counter()
         updates = []
         if epoch > 0:  # the first epoch only fills the trackers
-            updates = self.update(epoch, samples, advantages[local], None if area is None else area[local])
+            updates = self.update(epoch, samples, advantages[local])
         self.epochs_done += 1
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         with self.stopping.safely():
             self.log.epoch(epoch, samples, prompts[local], scores, updates, seconds)
 
-    def update(self, epoch, samples, advantages, area):
+    def update(self, epoch, samples, advantages):
         """The updates of an epoch: one dict of statistics per optimizer step."""
         generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch, self.accelerator.process_index)
         self.calibration.start(samples.trajectory)
         learner = self.policy, self.optimizer, self.accelerator
         after = self.calibration.after_update
         if samples.gradients is not None:
-            return update_from_gradients(*learner, samples.gradients, advantages, self.config, after, area)
+            return update_from_gradients(*learner, samples.gradients, advantages, self.config, after)
         return update(*learner, samples.trajectory, advantages, self.config, generator, after, self.show_progress)
 
     def validation(self):

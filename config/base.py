@@ -182,8 +182,8 @@ def get_config() -> ConfigDict:
     # another policy than the one that sampled; "awm" may match without. For no guidance at all set
     # sample.guidance_scale = 1.0.
     config.train.cfg = True
-    # Leave out of every update what would make the objects larger or smaller, to first order: larger ones survive a
-    # reconstruction better, and growth is an easy way to raise the reward. Needs gradients_while_painting.
+    # Take out of the advantages what they pay for larger objects, and a penalty on what these have grown so far: larger
+    # ones survive a reconstruction better, and growth is an easy way to raise the reward (ddpo/area.py).
     config.train.hold_foreground = False
     # Advantages are clamped to +- this many standard deviations.
     config.train.adv_clip_max = 5.0

@@ -308,13 +308,12 @@ def _check_steps(config: ConfigDict) -> None:
             "config.train.cfg is False, but the update has to score the policy that sampled, with the same guidance: "
             "set it to True (and sample.guidance_scale to 1.0 for a run without guidance)"
         )
-    for key, used in (("objective", train.objective == "awm"), ("hold_foreground", train.hold_foreground)):
-        if used and not gradients_while_painting(config):
-            raise UserError(
-                f"config.train.{key} is {train[key]!r}, which needs the gradients of every sample: set it to "
-                f"{base.get_config().train[key]!r}, or train.gradients_while_painting, use_lora and kl_in_reward to "
-                f"True, train.num_inner_epochs to 1 and train.total_batch_size to sample.total_batch_size"
-            )
+    if train.objective == "awm" and not gradients_while_painting(config):
+        raise UserError(
+            "config.train.objective is 'awm', which needs the gradients of every sample: set it to 'ddpo', or "
+            "train.gradients_while_painting, use_lora and kl_in_reward to True, train.num_inner_epochs to 1 and "
+            "train.total_batch_size to sample.total_batch_size"
+        )
 
 
 def _check_foreign_keys(config: ConfigDict) -> None:

@@ -46,20 +46,6 @@ def epoch_advantages(
     return advantages
 
 
-def relative_area(foreground: np.ndarray, prompts: Sequence[str], good: np.ndarray) -> torch.Tensor:
-    """How much larger a sample's object is than the epoch's mean of its prompt: (N,) float32 on the CPU.
-
-    The object's area is the median of its views', so that a view which disagrees with the others, as when it shows the
-    object too small, may be mended. foreground: (N, V) share of each view that is foreground; prompts: N; good: (N,)
-    bool, the others get 0."""
-    area, prompts = np.median(foreground, 1), np.asarray(prompts)
-    relative = np.zeros(len(prompts), dtype=np.float32)
-    for prompt in np.unique(prompts[good]):
-        same = good & (prompts == prompt)
-        relative[same] = area[same] - area[same].mean()
-    return torch.from_numpy(relative)
-
-
 def compute_advantages(
     rewards: np.ndarray,
     prompts: Sequence[str],

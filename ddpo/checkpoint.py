@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoint_XXXX` (XXXX = epochs done) with
     weights.safetensors   what is trained
     optimizer.pt          the optimizer's state
-    run.json              epochs done, learning rate calibration, trackers, loss scaler, configuration, prompts
+    run.json              epochs done, learning rate calibration, trackers, areas, loss scaler, configuration, prompts
     manifest.json         size and SHA-256 of the other files
 It is written under a temporary name and renamed when complete, and renamed again before it is removed, so that a folder
 of that name is complete. Random states need no place in it: every random stream is made anew from the run's seed and
@@ -41,6 +41,7 @@ def save_run(run) -> None:
         "kl": run.kl,
         "calibration": run.calibration.state_dict(),
         "trackers": {name: tracker and tracker.state_dict() for name, tracker in run.trackers.items()},
+        "area": run.area_control and run.area_control.state_dict(),
         "loss_scaler": scaler and scaler.state_dict(),
         "training_prompts": run.prompts.train_set,
         "validation_prompts": run.prompts.val_set,
@@ -62,6 +63,8 @@ def load_run(run, checkpoint: Path) -> None:
     for name, tracker in run.trackers.items():
         if tracker and state["trackers"][name]:
             tracker.load_state_dict(state["trackers"][name])
+    if run.area_control and state["area"]:
+        run.area_control.load_state_dict(state["area"])
     if run.accelerator.scaler and state["loss_scaler"]:
         run.accelerator.scaler.load_state_dict(state["loss_scaler"])
     run.epochs_done, run.kl = state["epochs_done"], state["kl"]

@@ -63,21 +63,16 @@ def update_from_gradients(
     advantages: torch.Tensor,
     config: ConfigDict,
     after_step: Callable[[], dict] | None = None,
-    area: torch.Tensor | None = None,
 ) -> list[dict]:
     """The one update of a purely on-policy epoch, from gradients that were taken while painting.
 
     With a ratio of 1, inside any clip range, the gradient of the loss of `update` is the mean over samples of
-    -A d(log-probability). gradients: (N, P), see `rollout`; area: (N,), see `without_growth`, None = left alone; the
-    other arguments and the result are those of `update`.
+    -A d(log-probability). gradients: (N, P), see `rollout`; the other arguments and the result are those of `update`.
     """
     parameters = policy.trainable_parameters()
     advantages = advantages.clamp(-config.train.adv_clip_max, config.train.adv_clip_max)
     set_gradient(parameters, -(advantages @ gradients).to(policy.device))
     average_gradients(parameters, accelerator, len(advantages))
-    if area is not None:
-        growth = accelerator.reduce((area @ gradients).to(policy.device), reduction="mean")
-        set_gradient(parameters, without_growth(torch.cat([p.grad.flatten() for p in parameters]), growth))
     loss = -accelerator.reduce(advantages.mean().to(accelerator.device), reduction="mean")
     return [{"loss": float(loss), **optimizer_step(parameters, optimizer, accelerator, config, after_step)}]
 
@@ -86,17 +81,6 @@ def set_gradient(parameters: list[torch.nn.Parameter], gradient: torch.Tensor) -
     """Make `gradient` (P,) the gradients of the parameters, one after another."""
     for parameter, values in zip(parameters, gradient.split([p.numel() for p in parameters]), strict=True):
         parameter.grad = values.view_as(parameter)
-
-
-def without_growth(gradient: torch.Tensor, growth: torch.Tensor) -> torch.Tensor:
-    """The gradient (P,) without its part along `growth` (P,): a step against it changes, to first order, no area.
-
-    growth: the policy gradient of the objects' area in place of the reward. Rewards alone do not tell: they may be
-    uncorrelated with area and the step still make objects larger, because few samples point anywhere exactly and area
-    is what a small step changes most.
-    Of the gradient, not of the step that Adam makes of it: estimated from few samples, `growth` is mostly noise that
-    the step shares, and taking it out of the step shrank the small painter's objects by 6 % (15 updates, one run)."""
-    return gradient - (gradient @ growth) / (growth @ growth).clamp(min=torch.finfo(growth.dtype).tiny) * growth
 
 
 def optimizer_step(parameters, optimizer, accelerator, config, after_step) -> dict:

@@ -40,10 +40,8 @@ _DENSITY = "test_ddim_with_logprob.py::test_log_prob_is_the_mean_of_the_normal_d
 _UNBIASED = "test_steps.py::test_sums_over_drawn_steps_keep_their_expectation"
 _STEPS = "test_steps.py::test_steps_of_a_run"
 _FORETOLD = "test_matching.py::test_the_log_probability_is_the_error_of_the_foretold_picture"
-_GROWTH = (
-    "test_matching.py::test_the_update_leaves_out_growth test_matching.py::test_a_step_without_growth_changes_no_area"
-)
-_AREA = "test_matching.py::test_area_is_relative_to_the_prompt_s_good_samples"
+_HELD = "test_area.py::test_what_has_grown_is_penalised"
+_LARGER = "test_area.py::test_advantages_that_pay_for_area_alone_pay_for_nothing"
 _CHANGE = "test_report.py::test_a_change_is_a_paired_comparison"
 
 MUTANTS = [
@@ -420,6 +418,7 @@ MUTANTS = [
             "pass",
             _RESTORED,
         ),
+        ("areas are not restored", 'run.area_control.load_state_dict(state["area"])', "pass", _RESTORED),
         ("trackers are not restored", 'tracker.load_state_dict(state["trackers"][name])', "pass", _RESTORED),
         (
             "the reward tracker is restored as that of the KL",
@@ -953,14 +952,26 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "ddpo/update.py",
-        ("growth is added", "return gradient - (gradient @ growth)", "return gradient + (gradient @ growth)", _GROWTH),
-        ("growth is not held", "if area is not None:", "if False:", _GROWTH),
-    ),
-    *_in(
-        "ddpo/advantages.py",
-        ("area that is not relative to the prompt", "area[same] - area[same].mean()", "area[same]", _AREA),
-        ("mean area for the median", "np.median(foreground, 1)", "foreground.mean(1)", _AREA),
+        "ddpo/area.py",
+        ("growth is rewarded", "- self.penalty() * larger", "+ self.penalty() * larger", _HELD),
+        ("growth is not penalised", " - self.penalty() * larger", "", _HELD),
+        ("area is paid for", "return without(advantages, larger)", "return advantages", _LARGER),
+        ("growth since the last epoch", "self.start.setdefault(prompt, ", "self.start.__setitem__(prompt, ", _HELD),
+        ("growth that is not smoothed", "[-SMOOTHED:]", "[-1:]", _HELD),
+        ("growth that is forgotten", "INTEGRAL * np.sum(self.growth)", "0.0", _HELD),
+        ("penalties without a limit", "np.clip(wanted, -LARGEST_PENALTY, LARGEST_PENALTY)", "wanted", _HELD),
+        (
+            "bad samples have an advantage",
+            "larger[torch.from_numpy(good)] =",
+            "larger[: len(kept)] =",
+            "test_area.py::test_bad_samples_are_not_counted",
+        ),
+        (
+            "mean area for the median",
+            "np.median(foreground, 1)",
+            "foreground.mean(1)",
+            "test_area.py::test_an_object_is_as_large_as_most_of_its_views_show_it",
+        ),
     ),
     *_in(
         "mrc/judges.py",
@@ -994,7 +1005,7 @@ MUTANTS = [
             "set_gradient(self.parameters, reward)",
             _EXACT_STEP,
         ),
-        ("exact steps that grow", "without_growth(step, area)", "step", _EXACT_STEP),
+        ("exact steps that grow", "without(step, area)", "step", _EXACT_STEP),
         (
             "exact gradients of one step more",
             "max(0, trajectory.num_steps - steps_back)",

@@ -208,7 +208,6 @@ def test_per_process_numbers_win_over_totals_as_ddpo_users_expect():
     config = tiny.get_config()
     config.sample.batch_size, config.sample.num_batches_per_epoch = 4, 3
     config.train.batch_size, config.train.gradient_accumulation_steps = 2, 2
-    config.train.hold_foreground = False  # which wants one update per epoch
     validate(config, 2, check_files=False)
     assert (config.sample.total_batch_size, config.train.total_batch_size) == (24, 8)
     assert updates_per_epoch(config) == 3
@@ -344,7 +343,7 @@ def test_statistics_and_kl_contradictions():
     refused("smaller than min_count", per_prompt_stat_tracking__buffer_size=3)
     refused("there is no KL to put into", kl_penalty=False)
     refused("is off", per_prompt_stat_tracking__buffer_size=0)
-    in_loss = dict(kl_in_reward=False, train__hold_foreground=False)
+    in_loss = dict(kl_in_reward=False)
     refused("a KL in the loss is one of every trained step", kl_timestep_fraction=0.5, **in_loss)
     refused("no KL is computed", kl_penalty=False, kl_in_reward=False, log_kl=False, stop_kl=1e-3)
 

@@ -1,6 +1,5 @@
-"""Advantage-weighted matching, and updates that leave the objects' area alone."""
+"""Advantage-weighted matching."""
 
-import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -9,11 +8,10 @@ from diffusers import DDIMScheduler
 from config import base
 from config.errors import UserError
 from config.validate import validate
-from ddpo.advantages import relative_area
 from ddpo.matching import matching_gradients, matching_log_prob
 from ddpo.setup import make_optimizer
 from ddpo.steps import draw_trained_steps
-from ddpo.update import update_from_gradients, without_growth
+from ddpo.update import update_from_gradients
 from diffusers_patch.ddim_with_logprob import _predict_x0_and_noise, ddim_std, matching_output
 from diffusers_patch.rollout import draw_noise, rollout
 from tests import children
@@ -134,60 +132,19 @@ def test_learning_from_a_picture_makes_it_easier_to_foretell(policy, trajectory)
         policy.load_trainable_state(state)
 
 
-# -- area --------------------------------------------------------------------------------------------------------------
-
-
-def test_area_is_relative_to_the_prompt_s_good_samples():
-    foreground = np.array([[0.1, 0.3, 0.2], [0.4, 0.0, 0.3], [0.9, 0.9, 0.9], [0.5, 0.5, 0.5]])
-    good = np.array([True, True, False, True])
-    found = relative_area(foreground, ["a", "a", "a", "b"], good)
-    torch.testing.assert_close(found, torch.tensor([-0.05, 0.05, 0.0, 0.0]))
-
-
-def test_a_step_without_growth_changes_no_area():
-    generator = torch.Generator().manual_seed(0)
-    gradient, growth = torch.randn(2, 50, generator=generator).unbind()
-    left = without_growth(gradient, growth)
-    assert abs(left @ growth) < 1e-4 and left @ gradient > 0
-    torch.testing.assert_close(gradient - left, (gradient @ growth) / (growth @ growth) * growth)
-    assert torch.equal(without_growth(gradient, torch.zeros(50)), gradient)
-
-
-def test_the_update_leaves_out_growth(policy, monkeypatch):
-    """Samples whose reward is their area teach nothing; others teach what is left."""
-    config, accelerator = configuration(max_grad_norm=1e9), Accelerator(cpu=True)
-    size = sum(p.numel() for p in policy.trainable_parameters())
-    gradients = torch.randn(8, size, generator=torch.Generator().manual_seed(0))
-    area = torch.tensor([1.0, -1, 0.5, -0.5, 0, 0, 0.2, -0.2])
-    taken = []
-    monkeypatch.setattr(
-        "ddpo.update.optimizer_step",
-        lambda parameters, *_: taken.append(torch.cat([p.grad.flatten() for p in parameters])) or {},
-    )
-    other = torch.tensor([0.0, 0, 0, 0, 1, -1, 0, 0])
-    for advantages in (area, other):
-        update_from_gradients(policy, None, accelerator, gradients, advantages, config, area=area)
-    only_area, rest = taken
-    assert only_area.norm() < 1e-5
-    growth = area @ gradients
-    torch.testing.assert_close(rest, without_growth(-(other @ gradients) / 8, growth), atol=1e-5, rtol=1e-4)
-    assert abs(rest @ growth) < 1e-3 * rest.norm() * growth.norm()
-
-
-@pytest.mark.parametrize("key, value", [("objective", "awm"), ("hold_foreground", True)])
-def test_what_needs_the_gradients_of_every_sample_is_refused_without(tmp_path, key, value):
+def test_it_is_refused_without_the_gradients_of_every_sample(tmp_path):
     world = make_world(tmp_path)
     for change in ({"train.gradients_while_painting": False}, {"train.total_batch_size": 4}, {"use_lora": False}):
         config = base.get_config()
         with config.unlocked():
-            config.update_from_flattened_dict(settings(world, tmp_path) | {f"train.{key}": value} | change)
-        with pytest.raises(UserError, match=rf"config\.train\.{key} is .*gradients of every sample"):
+            config.update_from_flattened_dict(settings(world, tmp_path) | {"train.objective": "awm"} | change)
+        with pytest.raises(UserError, match=r"config\.train\.objective is .*gradients of every sample"):
             validate(config, 1, "cpu")
 
 
 def test_a_run(tmp_path):
-    """The real script with both keys, and with renders of another size than the views."""
-    values = settings(make_world(tmp_path), tmp_path, train__objective="awm", train__hold_foreground=True, **FEW_FILES)
+    """The real script, with renders of another size than the views."""
+    values = settings(make_world(tmp_path), tmp_path, train__objective="awm", **FEW_FILES)
     assert children.run(children.train, values | {"train.cfg": False, "recon.render_size": 48}) == 0
     updates = metrics(tmp_path / "run", "update")
     assert len(updates) == 2 and all(line["grad_norm"] > 0 for line in updates)

@@ -449,7 +449,8 @@ def test_the_base_model_is_asked_where_its_kl_is_wanted(world, tmp_path, penalty
 
 def test_everything_that_training_changes_is_restored(world, tmp_path):
     """With a loss scaler as on a GPU, and trackers that differ."""
-    run = bright_run(world, tmp_path, train__kl_per_update=0.01, train__kl_calibration_updates=2)
+    changed = dict(train__kl_per_update=0.01, train__kl_calibration_updates=2, train__hold_foreground=True)
+    run = bright_run(world, tmp_path, **changed)
     run.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
     moved(run.policy)
     for parameter in run.policy.trainable_parameters():
@@ -457,9 +458,10 @@ def test_everything_that_training_changes_is_restored(world, tmp_path):
     run.optimizer.step()
     run.trackers["reward"].update(["a", "b"], [1.0, 2.0])
     run.trackers["kl"].update(["a", "b"], [3.0, 4.0])
+    run.area_control.start, run.area_control.growth = {"a": -2.0}, [0.0, 0.125]
     run.calibration.done, run.epochs_done, run.kl = 1, 5, 0.25
     run.save()
-    other = bright_run(world, tmp_path / "other", train__kl_per_update=0.01, train__kl_calibration_updates=2)
+    other = bright_run(world, tmp_path / "other", **changed)
     other.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
     load_run(other, checkpoints(run.folder)[-1])
     assert other.accelerator.scaler.get_scale() == 8.0
@@ -468,6 +470,7 @@ def test_everything_that_training_changes_is_restored(world, tmp_path):
         "reward": {"history": {"a": [1.0], "b": [2.0]}},
         "kl": {"history": {"a": [3.0], "b": [4.0]}},
     }
+    assert (other.area_control.start, other.area_control.growth) == ({"a": -2.0}, [0.0, 0.125])
     moments, expected = (one.optimizer.state_dict()["state"] for one in (other, run))
     assert moments[0]["step"] == expected[0]["step"] == 1
     assert all(torch.equal(moments[i]["exp_avg"], expected[i]["exp_avg"]) for i in expected)

@@ -28,6 +28,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from config import cli
 from config.errors import UserError
 from config.validate import validate
+from ddpo.area import without
 from ddpo.calibration import StepCalibration
 from ddpo.files import write_whole
 from ddpo.run_folder import open_run
@@ -43,7 +44,7 @@ from ddpo.sampling import (
     make_generator,
 )
 from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator
-from ddpo.update import optimizer_step, set_gradient, without_growth
+from ddpo.update import optimizer_step, set_gradient
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.policy import MultiViewPolicy
@@ -156,7 +157,7 @@ class Ascent:
         statistics = optimizer_step(self.parameters, self.optimizer, self.accelerator, self.config, None)
         if self.config.train.hold_foreground:  # of the step itself: Adam turns what was orthogonal to area before it
             step = parameters_to_vector(self.parameters).detach() - before
-            vector_to_parameters(before + without_growth(step, area), self.parameters)
+            vector_to_parameters(before + without(step, area), self.parameters)
         return {**statistics, **self.calibration.after_update()}
 
     def validation(self, epochs_done: int) -> dict[str, torch.Tensor]:

@@ -12,7 +12,8 @@ Adam's memory, and its effect foretold on the samples of the other half: to firs
 of any quantity by its covariance with <gradient of the path's log-probability, step>. That is done for many random
 halves. In --out there are afterwards signal.json with all numbers and table.md, the table that is printed:
     learned from   whose gradients make the step: of the paths ("ddpo"), or of matching the pictures ("awm"), with the
-                   guidance of the sampling or without; "held" = without growth, see config.train.hold_foreground
+                   guidance of the sampling or without; "held" = from rewards without what they pay for
+                   area, see config.train.hold_foreground
     reward         correlation, within captions, of the reward and the log-probability that the step adds to a sample:
                    0 = nothing is learned, 1 = all there is to learn. One update of K nats changes the mean reward by
                    about correlation x spread x sqrt(2 K)
@@ -26,7 +27,6 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from absl import flags
 from ml_collections import ConfigDict
@@ -35,14 +35,13 @@ from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
 from config.validate import check_folder, validate
-from ddpo.advantages import relative_area
+from ddpo.area import log_area, without
 from ddpo.files import write_whole
 from ddpo.matching import matching_gradients
 from ddpo.progress import Progress
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import set_arithmetic, start_accelerator
 from ddpo.steps import draw_trained_steps
-from ddpo.update import without_growth
 from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.policy import MultiViewPolicy
@@ -119,8 +118,7 @@ def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: tor
             f"gradients ({', '.join(broken)}) are not finite with config.mixed_precision = "
             f"{config.mixed_precision!r}: set it to 'bf16' or 'no'"
         )
-    every_one = np.ones(len(found["caption"]), bool)
-    area = relative_area(found.pop("foreground").numpy(), found["caption"].numpy(), every_one)
+    area = torch.from_numpy(log_area(found.pop("foreground").numpy()))
     return {"caption": found.pop("caption"), "reward": found.pop("reward"), "area": area, **found}
 
 
@@ -139,9 +137,7 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float:
 
 def update_step(gradients: torch.Tensor, advantages: torch.Tensor, area: torch.Tensor | None) -> torch.Tensor:
     """The direction (P,) of an update from gradients (N, P), as Adam scales it; area: (N,), None = not held."""
-    step = advantages @ gradients
-    if area is not None:
-        step = without_growth(step, area @ gradients)
+    step = (advantages if area is None else without(advantages, area)) @ gradients
     square = gradients.square().mean(0)
     return step / (square + FLOOR * square.mean()).sqrt()
 
