@@ -15,9 +15,9 @@ from ddpo.stat_tracking import PerPromptStatTracker, one_value_per_prompt
 
 SMALLEST = 1e-3  # share of a view below which an area is not told from nothing
 
-# The penalty is a proportional and integral controller on the growth, which is in log area: where objects are 1 % larger
-# than at the start, one whose area is a standard deviation above its prompt's mean loses 0.15, and 0.01 more for every
-# epoch in which they were.
+# The penalty is a proportional and integral controller of the growth in log area: where objects are 1 % larger than at
+# the start, one whose area is a standard deviation above its prompt's mean loses 0.15, and 0.01 more for every epoch in
+# which they were.
 PROPORTIONAL, INTEGRAL = 15.0, 1.0
 SMOOTHED, REMEMBERED = 2, 32  # epochs over which the growth is averaged, and added up
 LARGEST_PENALTY = 2.0

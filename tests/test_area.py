@@ -108,7 +108,7 @@ def test_a_resumed_run_goes_on_as_if_it_had_not_stopped():
 
 
 def test_runs_with_and_without(tmp_path):
-    """The real script: area changes what is learned, with an ordinary update too, and its state is in the checkpoint."""
+    """The real script: area changes what is learned, in an ordinary update too, and its state is in the checkpoint."""
     world, norms = make_world(tmp_path), {}
     for held in (True, False):
         values = settings(world, tmp_path, train__hold_foreground=held, train__gradients_while_painting=False)
