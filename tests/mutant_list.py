@@ -998,14 +998,17 @@ MUTANTS = [
         ),
     ),
     *_in(
-        "tiny/exact_gradient.py",
+        "tiny/ascent.py",
         (
-            "exact gradients followed downhill",
+            "gradients followed downhill",
             "set_gradient(self.parameters, -reward)",
             "set_gradient(self.parameters, reward)",
             _EXACT_STEP,
         ),
-        ("exact steps that grow", "without(step, area)", "step", _EXACT_STEP),
+        ("steps that grow", "without(step, area)", "step", _EXACT_STEP),
+    ),
+    *_in(
+        "tiny/exact_gradient.py",
         (
             "exact gradients of one step more",
             "max(0, trajectory.num_steps - steps_back)",

@@ -14,7 +14,8 @@ from tests import children
 from tests.test_run import config_of
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, flags, make_mvdream, settings
-from tiny.exact_gradient import Ascent, exact_gradients, reward_and_area
+from tiny.ascent import Ascent
+from tiny.exact_gradient import exact_gradients, reward_and_area
 
 PAINTERS = {
     "mv_sdxl": {},
@@ -89,7 +90,7 @@ def test_the_reward_is_that_of_mrc_and_the_area_nearly_the_foreground(world, tmp
 @pytest.mark.parametrize("hold", [True, False])
 def test_a_step_raises_the_reward_and_can_leave_the_area(world, tmp_path, hold):
     config = configuration(world, tmp_path, "mvdream", train__hold_foreground=hold, train__learning_rate=1e-4)
-    ascent = Ascent(config, 1000)
+    ascent = Ascent(config, None)
     before = parameters_to_vector(ascent.parameters).detach()
     generator = torch.Generator().manual_seed(0)
     area = torch.randn(len(before), generator=generator)
@@ -107,7 +108,7 @@ def test_the_command(world, tmp_path):
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
     done = children.command("tiny.exact_gradient", line, tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "run/exact_gradient.json").read_text())
+    found = json.loads((tmp_path / "run/ascent.json").read_text())
     assert {"reward", "silhouettes", "held_out", "foreground", "diversity"} <= set(found)
     lines = metrics(tmp_path / "run")
     assert [(line["kind"], line["epoch"]) for line in lines] == [
