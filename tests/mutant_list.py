@@ -19,6 +19,8 @@ def _in(file: str, *edits: tuple[str, str, str, str]) -> list[Mutant]:
 
 
 _EXACT = "test_exact_gradient.py::test_gradients_are_those_of_what_is_painted"
+_WORTH = "test_critic.py::test_gradients_are_those_of_what_the_next_state_is_worth"
+_FORETELLS = "test_critic.py::test_a_critic_foretells_what_can_be_seen"
 _EXACT_STEP = "test_exact_gradient.py::test_a_step_raises_the_reward_and_can_leave_the_area"
 _FIRST = "test_run.py::test_the_first_epoch_learns_nothing_and_a_spent_kl_ends_the_run"
 _RANDOM = "test_run.py::test_random_numbers_follow_from_seed_and_epoch"
@@ -996,6 +998,23 @@ MUTANTS = [
             "((half, half), (~half, ~half))",
             "test_measure_signal.py::test_a_planted_signal_is_seen_and_no_other",
         ),
+    ),
+    *_in(
+        "tiny/critic.py",
+        (
+            "value gradients of the wrong sign",
+            "totals[n] += parameters_to_vector(",
+            "totals[n] -= parameters_to_vector(",
+            _WORTH,
+        ),
+        (
+            "value gradients that forget the noise",
+            "mean + (trajectory.latents[:, k + 1] - mean).detach()",
+            "mean",
+            _WORTH,
+        ),
+        ("the next state judged at the time before", "else trajectory.timesteps[:, k + 1]", "else t", _WORTH),
+        ("a critic of shuffled rewards that are not", "if config.shuffle_advantages:", "if False:", _FORETELLS),
     ),
     *_in(
         "tiny/ascent.py",
