@@ -97,7 +97,9 @@ def relative(values: torch.Tensor) -> torch.Tensor:
     return values / values.std()
 
 
-def fit(config: ConfigDict, data: dict[str, torch.Tensor], prompts: Sequence[str], steps: int, device) -> Critic:
+def fit(
+    config: ConfigDict, data: dict[str, torch.Tensor], prompts: Sequence[str], steps: int, device: torch.device
+) -> Critic:
     """A critic of what `paint` returned. Prints how well it foretells prompts that it was not trained on."""
     policy = load_painter(config, device)
     torch.manual_seed(config.seed)
@@ -144,7 +146,9 @@ def fit(config: ConfigDict, data: dict[str, torch.Tensor], prompts: Sequence[str
     return critic
 
 
-def critic_gradients(critic: Critic, policy: MultiViewPolicy, trajectory: Trajectory, config: ConfigDict):
+def critic_gradients(
+    critic: Critic, policy: MultiViewPolicy, trajectory: Trajectory, config: ConfigDict
+) -> torch.Tensor:
     """Gradients (2, P) of the sums over samples and trained steps of what the critic says of the state after the step,
     reward and area, in the policy's trainable weights.
 
