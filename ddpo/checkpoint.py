@@ -63,7 +63,7 @@ def load_run(run, checkpoint: Path) -> None:
     for name, tracker in run.trackers.items():
         if tracker and state["trackers"][name]:
             tracker.load_state_dict(state["trackers"][name])
-    if run.area_control and state["area"]:
+    if run.area_control and state.get("area"):  # checkpoints of former versions have none
         run.area_control.load_state_dict(state["area"])
     if run.accelerator.scaler and state["loss_scaler"]:
         run.accelerator.scaler.load_state_dict(state["loss_scaler"])
