@@ -51,8 +51,8 @@ MUTANTS = [
         "carve3d_train.py",
         (
             "advantages of the update with the wrong sign",
-            "samples, advantages[local], None",
-            "samples, -advantages[local], None",
+            "samples, advantages[local])",
+            "samples, -advantages[local])",
             _LIKELIER,
         ),
         ("the same noise in every epoch", "NOISE, epoch, i)", "NOISE, 0, i)", _RANDOM),

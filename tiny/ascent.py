@@ -29,7 +29,7 @@ from ddpo.sampling import (
 )
 from ddpo.setup import make_optimizer, start_accelerator
 from ddpo.update import optimizer_step, set_gradient
-from diffusers_patch.loading import load_painter, make_trainable
+from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.rollout import Trajectory
 from mrc.judges import diversity
 from mrc.rewards import load_reward
@@ -47,6 +47,7 @@ class Ascent:
 
     def __init__(self, config: ConfigDict, gradients: Callable[["Ascent", Trajectory], torch.Tensor]):
         self.config, self.gradients = config, gradients
+        check_cameras(config)
         self.accelerator = accelerator = start_accelerator(config)
         self.prompts = PromptDataset.from_config(config.prompts)
         opened = open_run(config, accelerator, self.prompts)

@@ -25,7 +25,6 @@ from config.errors import UserError
 from config.validate import validate
 from ddpo.setup import set_arithmetic
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
-from diffusers_patch.loading import check_cameras
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 from mrc.bounding_box import BACKGROUND
@@ -80,7 +79,6 @@ def main(args) -> None:
     config = args.config
     set_arithmetic(config)
     validate(config, 1)
-    check_cameras(config)
     if config.reward_fn != "mrc" or config.recon.name != "tiny_lrm":
         raise UserError(
             f"config.reward_fn = {config.reward_fn!r} and config.recon.name = {config.recon.name!r}, but only MRC of "
