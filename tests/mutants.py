@@ -59,7 +59,7 @@ def run_tests(folder: Path, tests: list[str]) -> Outcome:
     outcome = Outcome(None, [])
     try:
         if receiver.poll(DEADLINE):
-            outcome = receiver.recv()
+            outcome = Outcome(*receiver.recv())
     except EOFError:  # it died
         pass
     process.kill()
@@ -93,7 +93,7 @@ def _pytest(folder, tests, sender):
     failures = _Failures()
     options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={folder}"]
     status = pytest.main([*options, *(f"tests/{test}" for test in tests)], plugins=[failures])
-    sender.send(Outcome(int(status), failures.tests))
+    sender.send((int(status), failures.tests))  # plain values: this module is forgotten here, and with it its classes
 
 
 def try_mutant(folder: Path, mutant: Mutant) -> tuple[bool, str]:
