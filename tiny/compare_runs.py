@@ -66,7 +66,7 @@ def read_metrics(run: Path) -> list[dict]:
 
 def plot(runs: list[Path], file: str | Path) -> None:
     """Plot the rewards of all runs, on training samples (left) and validation captions (right), into `file`."""
-    figure, (epochs, validations) = plt.subplots(1, 2, figsize=(10, 3.5), sharey=True)
+    figure, (epochs, validations) = plt.subplots(1, 2, figsize=(10, 4.2), sharey=True, layout="constrained")
     for run in runs:
         lines = read_metrics(run)
         sampled = [line for line in lines if line["kind"] == "epoch"]
@@ -81,8 +81,7 @@ def plot(runs: list[Path], file: str | Path) -> None:
         )
     epochs.set(title="training samples", xlabel="epoch", ylabel="reward")
     validations.set(title="validation captions", xlabel="epochs done")
-    validations.legend()
-    figure.tight_layout()
+    figure.legend(*epochs.get_legend_handles_labels(), loc="outside lower center", ncols=4)
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
