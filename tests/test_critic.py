@@ -30,8 +30,7 @@ def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, pa
     vector_to_parameters(weights, policy.trainable_parameters())
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     steps, scale = config.sample.num_steps, config.sample.guidance_scale
-    with torch.no_grad():
-        chains = rollout(policy, PROMPTS[:2], steps, scale, 1.0, generators)
+    chains = rollout(policy, PROMPTS[:2], steps, scale, 1.0, generators)
     found = critic_gradients(critic, policy, chains, config)
 
     total = 0

@@ -83,8 +83,7 @@ def paint(config: ConfigDict, prompts: Sequence[str], samples: int, device: torc
     found = []
     for n in Progress("painting for the critic", samples, "rounds").over(range(samples)):
         generators = [make_generator(config.seed, EVALUATION, c, n) for c in range(len(prompts))]
-        with torch.no_grad():
-            painted = collect_samples(policy, reward_fn, prompts, generators, config, score_reference=False)
+        painted = collect_samples(policy, reward_fn, prompts, generators, config, score_reference=False)
         area = torch.from_numpy(log_area(painted.foreground.cpu().numpy()))
         found.append((painted.trajectory.latents[:, -1].half(), painted.reward.cpu(), area))
     latents, reward, area = (torch.stack(values, 1) for values in zip(*found, strict=True))
