@@ -81,7 +81,7 @@ class Ascent:
         )
 
     def epoch(self, epoch: int) -> None:
-        """Paint a batch, and take one step along the exact gradient of its mean reward."""
+        """Paint a batch, and take one step along the gradient of its mean reward."""
         config, start = self.config, time.perf_counter()
         prompts, _ = self.prompts.sample(config.sample.total_batch_size, make_generator(config.seed, PROMPTS, epoch))
         samples = self.paint(self.reward_fn, prompts, config.seed, NOISE, epoch)

@@ -38,13 +38,11 @@ from ddpo.area import log_area
 from ddpo.files import whole
 from ddpo.progress import Progress
 from ddpo.sampling import EVALUATION, SHUFFLE_ADVANTAGES, collect_samples, make_generator
-from ddpo.setup import set_arithmetic, start_accelerator
+from ddpo.setup import set_arithmetic
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
-from diffusers_patch.loading import check_cameras, load_painter
+from diffusers_patch.loading import load_painter
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
-from mrc.rewards import load_reward
-from prompts.dataset import PromptDataset
 from tiny.ascent import Ascent
 
 BATCH, LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 48, 3e-4, 0.05, 50  # of the critic's training
@@ -77,13 +75,14 @@ class Critic(nn.Module):
         return self.head(torch.cat([features.mean(1), features.std(1)], 1))
 
 
-def paint(config: ConfigDict, prompts: Sequence[str], samples: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """Finished latents (C, n, ...) float16, reward and area (C, n) of n samples of each of C prompts."""
-    policy, reward_fn = load_painter(config, device), load_reward(config, device)
+def paint(run: Ascent, samples: int) -> dict[str, torch.Tensor]:
+    """Finished latents (C, n, ...) float16, reward and area (C, n) of n samples of each of the C training prompts, by a
+    run's painter before its first update."""
+    prompts, config = run.prompts.train_set, run.config
     found = []
     for n in Progress("painting for the critic", samples, "rounds").over(range(samples)):
         generators = [make_generator(config.seed, EVALUATION, c, n) for c in range(len(prompts))]
-        painted = collect_samples(policy, reward_fn, prompts, generators, config, score_reference=False)
+        painted = collect_samples(run.policy, run.reward_fn, prompts, generators, config, score_reference=False)
         area = torch.from_numpy(log_area(painted.foreground.cpu().numpy()))
         found.append((painted.trajectory.latents[:, -1].half(), painted.reward.cpu(), area))
     latents, reward, area = (torch.stack(values, 1) for values in zip(*found, strict=True))
@@ -179,15 +178,14 @@ def main(args) -> None:
     check_folder("--critic", folder)
     set_arithmetic(config)
     validate(config, 1)
-    check_cameras(config)
-    prompts = PromptDataset.from_config(config.prompts).train_set
+    ascent = Ascent(config, lambda run, chains: critic_gradients(critic, run.policy, chains, config))
+    prompts, device = ascent.prompts.train_set, ascent.accelerator.device
     if len(prompts) < 2:
         raise UserError(
             "config.prompts.num_train is 1, but a critic needs prompts to be tested on: set it to 2 or more"
         )
-    device = start_accelerator(config).device
     if not (folder / "samples.safetensors").exists():
-        painted = paint(config, prompts, args.samples, device)
+        painted = paint(ascent, args.samples)
         with whole(folder / "samples.safetensors") as partial:
             save_file(painted, partial)
     data = load_file(folder / "samples.safetensors")
@@ -203,7 +201,7 @@ def main(args) -> None:
         critic = fit(config, data, prompts, args.steps, device)
         with whole(folder / "critic.safetensors") as partial:
             save_file(critic.state_dict(), partial)
-    Ascent(config, lambda run, chains: critic_gradients(critic, run.policy, chains, config)).run()
+    ascent.run()
 
 
 if __name__ == "__main__":
