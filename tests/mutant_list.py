@@ -20,8 +20,9 @@ def _in(file: str, *edits: tuple[str, str, str, str]) -> list[Mutant]:
 
 _EXACT = "test_exact_gradient.py::test_gradients_are_those_of_what_is_painted"
 _WORTH = "test_critic.py::test_gradients_are_those_of_what_the_next_state_is_worth"
-_FORETELLS = "test_critic.py::test_a_critic_foretells_what_can_be_seen"
-_EXACT_STEP = "test_exact_gradient.py::test_a_step_raises_the_reward_and_can_leave_the_area"
+_FORETELLS = "test_critic.py::test_a_critic_foretells_what_no_place_shows_alone"
+_BAD = "test_critic.py::test_nothing_is_learned_from_bad_samples"
+_DIRECTION = "test_exact_gradient.py::test_the_direction_raises_the_reward_and_can_hold_the_area"
 _FIRST = "test_run.py::test_the_first_epoch_learns_nothing_and_a_spent_kl_ends_the_run"
 _RANDOM = "test_run.py::test_random_numbers_follow_from_seed_and_epoch"
 _VALIDATION = "test_run.py::test_validations_have_the_same_noise_in_every_run_and_each_prompt_its_own"
@@ -86,8 +87,8 @@ MUTANTS = [
         ),
         (
             "an update in the first epoch",
-            "if epoch > 0:  # the first",
-            "if epoch >= 0:  # the first",
+            "if epoch == 0:\n            return []",
+            "",
             _FIRST,
         ),
     ),
@@ -1003,31 +1004,56 @@ MUTANTS = [
         "tiny/critic.py",
         (
             "value gradients of the wrong sign",
-            "totals[n] += parameters_to_vector(",
-            "totals[n] -= parameters_to_vector(",
+            "total += parameters_to_vector(",
+            "total -= parameters_to_vector(",
             _WORTH,
+        ),
+        ("value gradients that forget the noise", "mean[many] + std[many] * noise", "mean[many]", _WORTH),
+        (
+            "the next state judged at the time before",
+            "torch.zeros_like(trajectory.timesteps[:, 0]) if last else trajectory.timesteps[:, k + 1]",
+            "trajectory.timesteps[:, k]",
+            _WORTH,
+        ),
+        ("a critic that compares no places", "alike.flatten(1)", "0 * alike.flatten(1)", _FORETELLS),
+        (
+            "a critic that learns another sample's advantage",
+            "said - advantages[n].to(device)",
+            "said - advantages[:BATCH].to(device)",
+            _FORETELLS,
         ),
         (
-            "value gradients that forget the noise",
-            "mean + (trajectory.latents[:, k + 1] - mean).detach()",
-            "mean",
-            _WORTH,
+            "a critic that learns from bad samples",
+            "samples.reward.cpu().isfinite()",
+            "torch.ones(len(advantages))",
+            _BAD,
         ),
-        ("the next state judged at the time before", "else trajectory.timesteps[:, k + 1]", "else t", _WORTH),
-        ("a critic of shuffled rewards that are not", "if config.shuffle_advantages:", "if False:", _FORETELLS),
+        (
+            "a critic that forgets nothing",
+            "deque(maxlen=REMEMBERED)",
+            "deque()",
+            "test_critic.py::test_what_is_old_is_forgotten",
+        ),
     ),
     *_in(
         "tiny/ascent.py",
         (
             "gradients followed downhill",
-            "set_gradient(self.parameters, -reward)",
-            "set_gradient(self.parameters, reward)",
-            _EXACT_STEP,
+            "set_gradient(self.parameters, -self",
+            "set_gradient(self.parameters, self",
+            "test_exact_gradient.py::test_an_update_climbs",
         ),
-        ("steps that grow", "without(step, area)", "step", _EXACT_STEP),
+        (
+            "a first epoch that moves the painter",
+            "if epoch == 0:",
+            "if False:",
+            "test_exact_gradient.py::test_an_update_climbs",
+        ),
     ),
     *_in(
         "tiny/exact_gradient.py",
+        ("growth that is climbed", "- self.area_control.penalty() *", "+ self.area_control.penalty() *", _DIRECTION),
+        ("area that is climbed", "without(reward, area)", "reward", _DIRECTION),
         (
             "exact gradients of one step more",
             "max(0, trajectory.num_steps - steps_back)",

@@ -54,6 +54,7 @@ def parse(*arguments):
         "config/base.py",
         "config/tiny.py",
         "config/tiny.py:mvdream",
+        "config/tiny.py:clean",
         "config/dgx.py",
         "config/dgx.py:carve3d_train",
         "config/dgx.py:instant3d_grm",
@@ -74,6 +75,13 @@ def test_flags_reach_every_configuration(name):
     )
     assert config.train.learning_rate == 1e-3 and config.use_lora is False and config.resume_from == "logs/x"
     assert isinstance(config.kl_beta, float) and config.per_prompt_stat_tracking.min_count == 2
+
+
+def test_the_clean_painter_is_trained_on_the_training_captions_that_it_paints_worst():
+    config = validate(tiny.get_config("clean"), 1)
+    chosen = (ROOT / config.prompts.train_file).read_text().splitlines()
+    every = (ROOT / tiny.get_config().prompts.train_file).read_text().splitlines()
+    assert config.pretrained.lora == "" and chosen == [caption for caption in every if "next to" in caption]
 
 
 def test_flags_reach_a_sweep():

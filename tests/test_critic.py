@@ -1,6 +1,6 @@
 """A critic of states on the way to a picture, and what a painter learns from it."""
 
-import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,22 +8,23 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter, make_trainable
-from diffusers_patch.rollout import rollout
+from diffusers_patch.rollout import Trajectory, rollout
 from tests import children
 from tests.test_exact_gradient import PAINTERS, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, make_mvdream, settings
-from tiny.critic import ASKED, Critic, critic_gradients, fit
+from tiny import critic
+from tiny.critic import NOISES, Critic, CriticRun, critic_gradients
 
 
 @pytest.mark.parametrize("painter", list(PAINTERS))
 def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, painter):
-    """With the noise that was drawn, over the trained steps."""
+    """Mean over the noise of the step, over the trained steps."""
     config = configuration(world, tmp_path, painter, lora__targets="attention+conv", train__skip_last_steps=1)
     policy = load_painter(config, "cpu")
-    critic = Critic(policy).eval().requires_grad_(False)
+    judge = Critic(policy).eval().requires_grad_(False)
     torch.manual_seed(0)
-    torch.nn.init.normal_(critic.head[-1].weight)
+    torch.nn.init.normal_(judge.head[-1].weight)
     make_trainable(policy, config)
     weights = parameters_to_vector(policy.trainable_parameters()).detach()
     weights = weights + 0.1 * torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
@@ -31,56 +32,121 @@ def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, pa
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     steps, scale = config.sample.num_steps, config.sample.guidance_scale
     chains = rollout(policy, PROMPTS[:2], steps, scale, 1.0, generators)
-    found = critic_gradients(critic, policy, chains, config)
+    found = critic_gradients(judge, policy, chains, config, torch.Generator().manual_seed(3))
 
-    total = 0
+    total, noise = 0, torch.Generator().manual_seed(3)
     for k in range(steps - 1):
         x, t = chains.latents[:, k], chains.timesteps[:, k]
         mean, std = ddim_mean_std(policy.scheduler, policy.predict(x, t, chains.conditioning, scale), t, x, 1.0)
-        noise = ((chains.latents[:, k + 1] - mean) / std).detach()
-        total = total + critic(mean + std * noise, chains.timesteps[:, k + 1], chains.conditioning).sum(0)
+        for _ in range(NOISES):
+            reached = mean + std * torch.randn(x.shape, generator=noise)
+            total = total + judge(reached, chains.timesteps[:, k + 1], chains.conditioning).sum(0) / NOISES
     for n in range(2):
         wanted = parameters_to_vector(torch.autograd.grad(total[n], policy.trainable_parameters(), retain_graph=True))
         assert wanted.norm() > 0 and (found[n] - wanted).norm() < 1e-4 * wanted.norm()
 
 
-def test_a_critic_foretells_what_can_be_seen(world, tmp_path, capsys):
-    """A reward that is the contrast of the latents, whatever the prompt: of unseen prompts, too, and the earlier the
-    state the worse. Of shuffled rewards nothing."""
-    generator, found = torch.Generator().manual_seed(0), {}
-    for shuffled in (False, True):
-        config = configuration(world, tmp_path, "mv_sdxl", shuffle_advantages=shuffled)
-        prompts = [f"{name} {number}" for number in range(3) for name in PROMPTS]
-        shape = load_painter(config, "cpu").latent_shape
-        contrast = torch.rand(len(prompts), 24, generator=generator) + 0.5
-        latents = contrast.view(*contrast.shape, *[1] * len(shape)) * torch.randn(
-            len(prompts), 24, *shape, generator=generator
-        )
-        fit(config, {"latents": latents.half(), "reward": contrast, "area": -contrast}, prompts, 150, "cpu")
-        lines = capsys.readouterr().out.splitlines()
-        found[shuffled] = [float(line.rsplit(" ", 1)[1]) for line in lines if "correlation" in line]
-    chance = (ASKED * len(prompts) / 8) ** -0.5
-    assert len(found[False]) == 3 and found[False][2] > 0.5 and found[False][0] < found[False][2]
-    assert all(abs(value) < 3 * chance for value in found[True])
+def chains_to(policy, finished, num_steps):
+    """Chains that lead to finished latents (B, ...): those noised, with one noise."""
+    policy.scheduler.set_timesteps(num_steps)
+    times = policy.scheduler.timesteps
+    noise = torch.randn(finished.shape, generator=torch.Generator().manual_seed(1))
+    noised = [policy.scheduler.add_noise(finished, noise, times[k].expand(len(finished))) for k in range(num_steps)]
+    conditioning = policy.encode([PROMPTS[i % 2] for i in range(len(finished))])
+    latents = torch.stack([*noised, finished], 1)
+    empty = dict.fromkeys(("log_probs", "log_probs_reference", "kl_analytic", "views"))
+    return Trajectory(latents, times.repeat(len(finished), 1), conditioning=conditioning, **empty)
+
+
+@pytest.mark.parametrize("painter", list(PAINTERS))
+def test_a_critic_foretells_what_no_place_shows_alone(world, tmp_path, painter):
+    """Whether two halves of the latents, each of either sign, have the same: of new samples, the better the later."""
+    config = configuration(world, tmp_path, painter, train__skip_last_steps=0)
+    run = CriticRun(config, first_steps=100, steps=5)
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for count, steps in ((400, 100), (200, 0)):
+        x = torch.randn(count, *run.policy.latent_shape, generator=generator)
+        signs = torch.randint(0, 2, (2, count), generator=generator) * 2.0 - 1
+        one, other = x.flatten(1).split(x[0].numel() // 2, 1)
+        x = torch.cat([one.abs() * signs[0, :, None], other.abs() * signs[1, :, None]], 1).view_as(x)
+        chains, truth = chains_to(run.policy, x, config.sample.num_steps), signs.prod(0)
+        found.append(run.foretold(chains, truth))
+        run.memory.add(chains, torch.stack([truth, -truth], 1))
+        if steps:
+            run.learn(0, steps)
+    known = [found[1][f"foretold_{k + 1}"] for k in range(config.sample.num_steps)]
+    assert max(map(abs, found[0].values())) < 1e-6  # it starts with a last layer of zeros
+    assert known[-1] > 0.8 and known[0] < known[-1]
+
+
+def samples_of(run, prompts, reward, area):
+    """What an epoch painted, with these rewards and areas (N,)."""
+    samples = run.collect_samples(
+        run.reward_fn, prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))]
+    )
+    return replace(samples, reward=torch.tensor(reward), foreground=torch.tensor(area).exp()[:, None].expand(-1, 4))
+
+
+@pytest.fixture
+def run(world, tmp_path, monkeypatch):
+    """Of a critic that learns next to nothing; the prompts of its epochs are "a", "a", "b", "b"."""
+    run = CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1)
+    monkeypatch.setattr(critic, "epoch_prompts", lambda *_: ["a", "a", "b", "b"])
+    return run
+
+
+def test_the_same_picture_is_worth_the_same_later_on(run):
+    """What the first epoch's samples of a prompt were is the measure."""
+    everything, prompts = torch.arange(4), PROMPTS[:4]
+    first = run.truth(0, samples_of(run, prompts, [-0.3, -0.1, -0.6, -0.4], [-2.0, -1.0, -1.0, 0.0]), everything)
+    torch.testing.assert_close(first, torch.tensor([[-1.0, -1.0], [1, 1], [-1, -1], [1, 1]]) * 0.75**0.5)
+    later = run.truth(1, samples_of(run, prompts, [-0.1, 0.1, -0.4, -0.4], [-1.0, -1.0, -1.0, -1.0]), everything)
+    torch.testing.assert_close(later, torch.tensor([[1.0, 1.0], [3, 1], [1, -1], [1, -1]]) * 0.75**0.5)
+
+
+def test_shuffled_rewards_say_nothing_of_their_samples(run):
+    values = [0.1, 0.2, 0.3, 0.4], [-1.0, -2.0, -3.0, -4.0]
+    plain = run.truth(0, samples_of(run, PROMPTS[:4], *values), torch.arange(4))
+    run.config.shuffle_advantages = True
+    shuffled = run.truth(0, samples_of(run, PROMPTS[:4], *values), torch.arange(4))
+    assert torch.equal(plain[:, 1], shuffled[:, 1]) and not torch.equal(plain[:, 0], shuffled[:, 0])
+    assert torch.equal(plain[:, 0].sort()[0], shuffled[:, 0].sort()[0])
+
+
+def test_nothing_is_learned_from_bad_samples_and_nothing_forgotten(run):
+    samples = samples_of(run, PROMPTS[:4], [-0.3, -0.1, float("nan"), -0.4], [-2.0, -1.0, float("nan"), -1.5])
+    for _ in range(2):
+        assert run.update(0, samples, torch.zeros(4)) == []
+    latents, conditioning, truth = run.memory.samples()
+    assert torch.equal(latents, samples.trajectory.latents[[0, 1, 3, 0, 1, 3], -1]) and truth.isfinite().all()
+    for name, value in conditioning.items():
+        assert torch.equal(value, samples.trajectory.conditioning[name][[0, 1, 3, 0, 1, 3]])
 
 
 def test_the_command(world, tmp_path):
-    """Painted samples and critic are kept, and used again; the painter moves."""
+    """Critic and painter learn, and the run repeats itself."""
     values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
-    values |= {"num_epochs": 2, "sample.num_steps": 2, "train.kl_per_update": 0.01, "train.kl_calibration_updates": 1}
+    values |= {
+        "num_epochs": 3,
+        "per_prompt_stat_tracking.min_count": 2,
+        "sample.num_steps": 2,
+        "train.kl_per_update": 0.01,
+        "train.kl_calibration_updates": 1,
+    }
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
-    line += ["--samples=3", "--steps=2", f"--critic={tmp_path / 'critic'}"]
-    assert children.command("tiny.critic", line, tmp_path).returncode == 0
-    assert {file.name for file in (tmp_path / "critic").iterdir()} == {"samples.safetensors", "critic.safetensors"}
-    assert {"reward", "silhouettes"} <= set(json.loads((tmp_path / "run/ascent.json").read_text()))
-    assert all(update["kl_of_update"] > 0 for update in metrics(tmp_path / "run", "update")[:1])
+    line += ["--first_steps=3", "--steps=2"]
+    done = children.command("tiny.critic", line, tmp_path)
+    assert done.returncode == 0, done.stderr
+    updates = metrics(tmp_path / "run", "update")
+    assert [update["epoch"] for update in updates] == [1, 2]
+    assert updates[0]["kl_of_update"] > 0 and all(update["critic_loss"] > 0 for update in updates)
     again = children.command("tiny.critic", [*line, "--config.run_name=again"], tmp_path)
-    assert again.returncode == 0 and "correlation" not in again.stdout
-    assert (
-        metrics(tmp_path / "again", "validation")[-1]["rewards"]
-        == metrics(tmp_path / "run", "validation")[-1]["rewards"]
-    )
-    other = children.command(
-        "tiny.critic", [*line, "--config.run_name=other", "--config.prompts.num_train=3"], tmp_path
-    )
-    assert other.returncode == 2 and "has samples of 4 prompts" in other.stderr
+    assert again.returncode == 0
+    assert metrics(tmp_path / "again", "update") == updates
+    for flag, said in (
+        (f"resume_from={tmp_path / 'run'}", "config.resume_from is set"),
+        ("per_prompt_stat_tracking.min_count=1", "config.per_prompt_stat_tracking.min_count must be 2 or more"),
+    ):
+        refused = children.command("tiny.critic", [*line, f"--config.{flag}"], tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr

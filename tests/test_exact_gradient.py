@@ -1,7 +1,5 @@
 """The gradient of MRC through the whole chain is held to differences of what a rollout is worth."""
 
-import json
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,8 +12,7 @@ from tests import children
 from tests.test_run import config_of
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, flags, make_mvdream, settings
-from tiny.ascent import Ascent
-from tiny.exact_gradient import exact_gradients, reward_and_area
+from tiny.exact_gradient import ExactGradient, exact_gradients, reward_and_area
 
 PAINTERS = {
     "mv_sdxl": {},
@@ -88,18 +85,36 @@ def test_the_reward_is_that_of_mrc_and_the_area_nearly_the_foreground(world, tmp
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_a_step_raises_the_reward_and_can_leave_the_area(world, tmp_path, hold):
-    config = configuration(world, tmp_path, "mvdream", train__hold_foreground=hold, train__learning_rate=1e-4)
-    ascent = Ascent(config, None)
-    before = parameters_to_vector(ascent.parameters).detach()
-    generator = torch.Generator().manual_seed(0)
-    area = torch.randn(len(before), generator=generator)
-    reward = torch.randn(len(before), generator=generator) + area
-    ascent.step(reward, area)
-    step = parameters_to_vector(ascent.parameters).detach() - before
-    assert F.cosine_similarity(step, reward, dim=0) > 0.4
-    grown = float(F.cosine_similarity(step, area, dim=0))
-    assert abs(grown) < 1e-4 if hold else grown > 0.4
+def test_the_direction_raises_the_reward_and_can_hold_the_area(world, tmp_path, monkeypatch, hold):
+    """It leaves the area as it is, and takes back what has grown."""
+    run = ExactGradient(configuration(world, tmp_path, "mvdream", train__hold_foreground=hold), 1000)
+    samples = run.collect_samples(run.reward_fn, PROMPTS[:2], [torch.Generator().manual_seed(i) for i in range(2)])
+    area = torch.randn(sum(p.numel() for p in run.parameters), generator=torch.Generator().manual_seed(0))
+    reward = torch.randn(len(area), generator=torch.Generator().manual_seed(1)) + area
+    monkeypatch.setattr(run, "gradients", lambda chains: len(chains) * torch.stack([reward, area]))
+
+    def alike(vector):
+        return float(F.cosine_similarity(run.direction(samples.trajectory), vector, dim=0))
+
+    assert alike(reward) > 0.4
+    assert abs(alike(area)) < 1e-4 if hold else alike(area) > 0.4
+    if hold:
+        run.area_control.growth = [0.02, 0.02]
+        assert alike(area) < -0.1
+
+
+def test_an_update_climbs(world, tmp_path, monkeypatch):
+    """And not in the first epoch."""
+    run = ExactGradient(configuration(world, tmp_path, "mvdream", train__learning_rate=1e-4), 1000)
+    samples = run.collect_samples(run.reward_fn, PROMPTS[:2], [torch.Generator().manual_seed(i) for i in range(2)])
+    before = parameters_to_vector(run.parameters).detach()
+    upwards = torch.randn(len(before), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(run, "direction", lambda trajectory: upwards)
+    assert run.update(0, samples, torch.zeros(2)) == [] and torch.equal(before, parameters_to_vector(run.parameters))
+    (statistics,) = run.update(1, samples, torch.zeros(2))
+    assert statistics["loss"] == pytest.approx(-float(samples.reward.mean()))
+    step = parameters_to_vector(run.parameters).detach() - before
+    assert F.cosine_similarity(step, upwards, dim=0) > 0.4
 
 
 def test_the_command(world, tmp_path):
@@ -108,13 +123,13 @@ def test_the_command(world, tmp_path):
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
     done = children.command("tiny.exact_gradient", line, tmp_path)
     assert done.returncode == 0, done.stderr
-    found = json.loads((tmp_path / "run/ascent.json").read_text())
-    assert {"reward", "silhouettes", "held_out", "foreground", "diversity"} <= set(found)
     lines = metrics(tmp_path / "run")
-    assert [(line["kind"], line["epoch"]) for line in lines] == [
-        ("validation", 0), ("epoch", 0), ("update", 0), ("epoch", 1), ("update", 1), ("validation", 2)
+    assert [(line["kind"], line["epoch"]) for line in lines if line["kind"] != "validation"] == [
+        ("epoch", 0), ("epoch", 1), ("update", 1)
     ]  # fmt: skip
-    assert lines[2]["kl_of_update"] > 0 and lines[4]["learning_rate"] == lines[2]["next_learning_rate"]
+    assert lines[0]["kind"] == lines[-1]["kind"] == "validation"
+    (update,) = metrics(tmp_path / "run", "update")
+    assert update["kl_of_update"] > 0 and update["grad_norm"] > 0
 
 
 def test_what_is_not_differentiated_is_refused(world, tmp_path):

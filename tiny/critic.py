@@ -1,69 +1,73 @@
-"""What can be learned from a critic, which foretells the reward of a picture that is not finished?
+"""What can be learned with a critic, which foretells how good a picture will be before it is finished?
 
-    python -m tiny.critic --config config/tiny.py:mvdream --config.pretrained.lora= [--config.KEY=VALUE ...]
+    python -m tiny.critic --config config/tiny.py:clean [--config.KEY=VALUE ...]
 
---samples  how often the base painter paints every training prompt for the critic (140)
---steps    of the critic's training, 48 states each (1400)
---critic   folder where samples and critic are kept, and taken from if they are there (logs/critic)
+--first_steps  of the critic's training, 48 states each, on the samples of the first epoch (400)
+--steps        of it in every other epoch (20)
 
 The policy gradient of a reward that is known for finished pictures alone is mostly noise, since it does not say which
 of thousands of random numbers was to blame. A critic V(x_t, t, caption), trained to foretell a sample's reward from the
 latents on the way to it, has a gradient in those latents, which does: each step is moved towards states worth more,
 
-    d/dtheta V(mean_theta(x_t) + std_t noise),   the noise being that which was drawn
+    d/dtheta E[V(mean_theta(x_t) + std_t noise)],   the mean of a few draws of the noise
 
 (the value gradient of Heess et al. 2015, arXiv:1510.09142; the noise-aware latent reward models of Zhang et al. 2025,
 arXiv:2502.01051, are critics of this kind). The reward itself is never differentiated and may be anything.
 
-What is trained afterwards, and what that leaves: tiny/ascent.py. config.shuffle_advantages trains the critic on rewards
-that are shuffled among the samples of a prompt, as a control.
+The critic learns from the samples of the run, so that it knows what the painter has become. In the first epoch, of
+config.per_prompt_stat_tracking.min_count samples of each training prompt, only the critic learns. How the run goes on
+otherwise, and what it leaves: tiny/ascent.py. With config.shuffle_advantages the critic learns from rewards that are
+shuffled among the samples, as a control.
 """
 
 import copy
-from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
+from math import prod
 
 import torch
 from absl import flags
 from ml_collections import ConfigDict
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
-from config.validate import check_folder, validate
 from ddpo.area import log_area
-from ddpo.files import whole
-from ddpo.progress import Progress
-from ddpo.sampling import EVALUATION, SHUFFLE_ADVANTAGES, collect_samples, make_generator
-from ddpo.setup import set_arithmetic
+from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, epoch_prompts, make_generator
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 from tiny.ascent import Ascent
 
-BATCH, LEARNING_RATE, WEIGHT_DECAY, WARM_UP = 48, 3e-4, 0.05, 50  # of the critic's training
+# of the critic's training: the rate falls in the first epoch, to AFTERWARDS of itself
+BATCH, LEARNING_RATE, AFTERWARDS, WARM_UP, WEIGHT_DECAY = 48, 3e-4, 0.15, 50, 0.05
 CLEAN = 0.4  # share of finished pictures among the states that it is trained on
-HELD_OUT = 8  # every so many prompts one is left out of its training, to see what it foretells of new ones
-ASKED = 40  # samples of each of those
-HIDDEN = 256
+NOISES = 4  # draws for each step of a sample
+STATES = 100  # what its random numbers are used for; see `ddpo.sampling`
+HEADS, HEAD_WIDTH, HIDDEN = 4, 32, 128
 
 
 class Critic(nn.Module):
-    """Foretells reward and log area of a sample, both relative to its prompt's mean and in standard deviations.
+    """Foretells reward and log area of a sample from its latents at any step, see `CriticRun.truth`.
 
-    The blocks of the base painter's UNet down to its middle, where it looks at everything at once, and a head."""
+    The blocks of the base painter's UNet down to its middle, and a head that sees which places, in all views, resemble
+    which. Whether views agree is in none of them alone, just as the parity of bits is in no single bit: from averages
+    over places it was learned late, and sometimes never; from products of places it is learned at once."""
 
     def __init__(self, policy: MultiViewPolicy):
         super().__init__()
         self.painter = [policy]  # in a list, so that its weights are not this module's
         self.unet = copy.deepcopy(policy.unet).float().requires_grad_(True)
         self.unet.up_blocks, self.unet.conv_norm_out, self.unet.conv_out = nn.ModuleList(), None, nn.Identity()
-        width = 2 * self.unet.config.block_out_channels[-1]
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 2))
+        channels = self.unet.config.block_out_channels
+        shrunk = 2 ** (len(channels) - 1)
+        *views, _, height, width = policy.latent_shape
+        places = prod(views) * (height // shrunk) * (width // shrunk)
+        self.pairs = nn.Sequential(nn.LayerNorm(channels[-1]), nn.Linear(channels[-1], 2 * HEADS * HEAD_WIDTH))
+        size = HEADS * places**2
+        self.head = nn.Sequential(nn.LayerNorm(size), nn.Linear(size, HIDDEN), nn.SiLU(), nn.Linear(HIDDEN, 2))
         nn.init.zeros_(self.head[-1].weight)
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, conditioning: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -71,137 +75,167 @@ class Critic(nn.Module):
         (policy,) = self.painter
         with policy._autocast():
             features = policy._unet(self.unet, x, t, conditioning).float()
-        features = features.movedim(-3, -1).flatten(1, -2)  # (B, everywhere in all views, width)
-        return self.head(torch.cat([features.mean(1), features.std(1)], 1))
-
-
-def paint(run: Ascent, samples: int) -> dict[str, torch.Tensor]:
-    """Finished latents (C, n, ...) float16, reward and area (C, n) of n samples of each of the C training prompts, by a
-    run's painter before its first update."""
-    prompts, config = run.prompts.train_set, run.config
-    found = []
-    for n in Progress("painting for the critic", samples, "rounds").over(range(samples)):
-        generators = [make_generator(config.seed, EVALUATION, c, n) for c in range(len(prompts))]
-        painted = collect_samples(run.policy, run.reward_fn, prompts, generators, config, score_reference=False)
-        area = torch.from_numpy(log_area(painted.foreground.cpu().numpy()))
-        found.append((painted.trajectory.latents[:, -1].half(), painted.reward.cpu(), area))
-    latents, reward, area = (torch.stack(values, 1) for values in zip(*found, strict=True))
-    return {"latents": latents, "reward": reward, "area": area}
-
-
-def relative(values: torch.Tensor) -> torch.Tensor:
-    """values (C, n) minus the mean of their prompt, in standard deviations of all of them."""
-    values = values - values.mean(1, keepdim=True)
-    return values / values.std()
-
-
-def fit(
-    config: ConfigDict, data: dict[str, torch.Tensor], prompts: Sequence[str], steps: int, device: torch.device
-) -> Critic:
-    """A critic of what `paint` returned. Prints how well it foretells prompts that it was not trained on."""
-    policy = load_painter(config, device)
-    torch.manual_seed(config.seed)
-    critic = Critic(policy).to(device)
-    policy.scheduler.set_timesteps(config.sample.num_steps, device=device)
-    conditioning = policy.encode([prompt + config.sample.prompt_suffix for prompt in prompts])
-    generator = make_generator(config.seed, SHUFFLE_ADVANTAGES)
-    reward = data["reward"]
-    if config.shuffle_advantages:
-        reward = torch.stack([row[torch.randperm(len(row), generator=generator)] for row in reward])
-    wanted = torch.stack([relative(reward), relative(data["area"])], -1)
-
-    def draw(pool, count, step=None):
-        """States of samples of the prompts `pool`, (count, ...) each, and what they lead to; step: None = at random."""
-        c = pool[torch.randint(len(pool), (count,), generator=generator)]
-        n = torch.randint(wanted.shape[1], (count,), generator=generator)
-        x = data["latents"][c, n].float()
-        t = torch.randint(1, config.sample.num_steps, (count,), generator=generator)
-        t = policy.scheduler.timesteps.cpu()[t if step is None else torch.full_like(t, step)]
-        clean = torch.rand(count, generator=generator) < CLEAN if step is None else torch.zeros(count, dtype=torch.bool)
-        noisy = policy.scheduler.add_noise(x, torch.randn(x.shape, generator=generator), t)
-        x = torch.where(clean.view(-1, *[1] * (x.dim() - 1)), x, noisy)
-        given = {name: value[c.to(device)] for name, value in conditioning.items()}
-        return critic(x.to(device), t.where(~clean, 0).to(device), given), wanted[c, n].to(device)
-
-    every = torch.arange(len(prompts))
-    held_out, fitted = every[::HELD_OUT], every[every % HELD_OUT > 0]
-    optimizer = torch.optim.AdamW(critic.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda k: min(1, (k + 1) / WARM_UP) * (1 - 0.95 * k / steps))
-    for _ in Progress("fitting the critic", steps, "steps").over(range(steps)):
-        found, truth = draw(fitted, BATCH)
-        optimizer.zero_grad()
-        (found - truth).square().mean().backward()
-        nn.utils.clip_grad_norm_(critic.parameters(), 1.0)
-        optimizer.step()
-        rate.step()
-    critic.eval().requires_grad_(False)
-    for step in range(1, config.sample.num_steps):
-        parts = [draw(held_out[k : k + 1], ASKED, step) for k in range(len(held_out))]
-        found, truth = (
-            torch.stack([relative(values[None, :, 0])[0] for values in two]) for two in zip(*parts, strict=True)
-        )
-        print(f"after {step} steps: correlation with the reward {float((found * truth).mean()):.2f}", flush=True)
-    return critic
+        features = features.movedim(-3, -1).flatten(1, -2)  # (B, places, channels)
+        query, key = self.pairs(features).unflatten(-1, (2, HEADS, HEAD_WIDTH)).unbind(2)
+        alike = torch.einsum("bihc,bjhc->bhij", query, key) / HEAD_WIDTH**0.5
+        return self.head(alike.flatten(1))
 
 
 def critic_gradients(
-    critic: Critic, policy: MultiViewPolicy, trajectory: Trajectory, config: ConfigDict
+    critic: Critic, policy: MultiViewPolicy, chains: Trajectory, config: ConfigDict, generator: torch.Generator
 ) -> torch.Tensor:
-    """Gradients (2, P) of the sums over samples and trained steps of what the critic says of the state after the step,
-    reward and area, in the policy's trainable weights.
+    """Gradients (2, P), in the policy's trainable weights, of both things that the critic says of the states that a
+    step can lead to, mean over NOISES of them, sum over samples and trained steps.
 
-    trajectory: B chains that this policy painted, on its device."""
+    chains: B that this policy painted, on its device; generator: of the noise, on the CPU."""
     parameters = policy.trainable_parameters()
     totals = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
     for k in range(trainable_steps(config)):
-        x, t = trajectory.latents[:, k], trajectory.timesteps[:, k]
-        output = policy.predict(x, t, trajectory.conditioning, config.sample.guidance_scale)
-        mean, _ = ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)
-        reached = mean + (trajectory.latents[:, k + 1] - mean).detach()  # the noise that was added is a constant
-        last = k + 1 == trajectory.num_steps
-        after = torch.zeros_like(t) if last else trajectory.timesteps[:, k + 1]
-        worth = critic(reached, after, trajectory.conditioning).sum(0)
+        x, t = chains.latents[:, k], chains.timesteps[:, k]
+        output = policy.predict(x, t, chains.conditioning, config.sample.guidance_scale)
+        mean, std = ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)
+        many = torch.arange(len(x), device=x.device).repeat(NOISES)
+        noise = torch.randn(len(many), *x.shape[1:], generator=generator).to(x.device)
+        given = {name: value[many] for name, value in chains.conditioning.items()}
+        reached = (mean.detach()[many] + std[many] * noise).requires_grad_()
+        said = critic(reached, time_after(chains, k)[many], given).sum(0) / NOISES
         for n in range(2):
-            totals[n] += parameters_to_vector(torch.autograd.grad(worth[n], parameters, retain_graph=True))
+            upwards = torch.autograd.grad(said[n], reached, retain_graph=True)[0].unflatten(0, (NOISES, -1)).sum(0)
+            totals[n] += parameters_to_vector(torch.autograd.grad(mean, parameters, upwards, retain_graph=True))
     return totals
 
 
+def time_after(trajectory: Trajectory, k: int) -> torch.Tensor:
+    """The timesteps (B,) of the states after step k, 0 after the last."""
+    last = k + 1 == trajectory.num_steps
+    return torch.zeros_like(trajectory.timesteps[:, 0]) if last else trajectory.timesteps[:, k + 1]
+
+
+class Memory:
+    """Finished samples of all epochs, and what a critic is to say of them."""
+
+    def __init__(self):
+        self.epochs = []
+
+    def add(self, trajectory: Trajectory, truth: torch.Tensor) -> None:
+        """An epoch's samples; truth: (B, 2)."""
+        self.epochs.append((trajectory.latents[:, -1].float(), trajectory.conditioning, truth))
+
+    def samples(self) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
+        """Latents (N, ...), conditioning of (N, ...) and truth (N, 2)."""
+        latents, conditioning, truth = zip(*self.epochs, strict=True)
+        given = {name: torch.cat([one[name] for one in conditioning]) for name in conditioning[0]}
+        return torch.cat(latents), given, torch.cat(truth)
+
+
+def learning_rate(step: int, first_steps: int) -> float:
+    """Of the critic, at a step, in units of LEARNING_RATE."""
+    return min(1.0, (step + 1) / WARM_UP) * max(AFTERWARDS, 1 - (1 - AFTERWARDS) * step / first_steps)
+
+
+class CriticRun(Ascent):
+    """A run whose painter climbs what a critic foretells. Arguments: see the command."""
+
+    def __init__(self, config: ConfigDict, first_steps: int, steps: int):
+        super().__init__(config)
+        self.first_steps, self.steps, self.memory = first_steps, steps, Memory()
+        torch.manual_seed(config.seed)
+        self.critic = Critic(load_painter(config, self.accelerator.device)).to(self.accelerator.device)
+        self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        rate = partial(learning_rate, first_steps=first_steps)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.critic_optimizer, rate)
+
+    def gradients(self, chains: Trajectory) -> torch.Tensor:
+        """See `critic_gradients`."""
+        return critic_gradients(self.critic, self.policy, chains, self.config, self.noise)
+
+    def update(self, epoch: int, samples: Samples, advantages: torch.Tensor) -> list[dict]:
+        """The critic learns, then the painter; arguments and result as of `Run.update`."""
+        good = samples.reward.cpu().isfinite().nonzero().flatten()
+        chains, truth = samples.trajectory.take(good), self.truth(epoch, samples, good)
+        known = self.foretold(chains, truth[:, 0])
+        self.memory.add(chains, truth)
+        known["critic_loss"] = self.learn(epoch, self.steps if epoch else self.first_steps)
+        self.log.say("critic: " + "  ".join(f"{name} {value:.2f}" for name, value in known.items()))
+        self.noise = make_generator(self.config.seed, STATES, epoch, 1)
+        return [{**statistics, **known} for statistics in super().update(epoch, samples, advantages)]
+
+    def truth(self, epoch: int, samples: Samples, good: torch.Tensor) -> torch.Tensor:
+        """Reward and log area of the samples `good` (n,): (n, 2), less what they were for the same prompt in the first
+        epoch, in standard deviations of what they differed by then. So the same picture is worth the same later on."""
+        prompts = epoch_prompts(self.prompts, self.config, epoch, 1)
+        prompts = [prompts[i] for i in good.tolist()]
+        area = torch.from_numpy(log_area(samples.foreground.cpu().numpy()))
+        values = torch.stack([samples.reward.cpu(), area.to(samples.reward.dtype)], 1)[good]
+        if epoch == 0:
+            rows = {prompt: [i for i, name in enumerate(prompts) if name == prompt] for prompt in prompts}
+            self.usual = {prompt: values[same].mean(0) for prompt, same in rows.items()}
+        values = values - torch.stack([self.usual[prompt] for prompt in prompts])
+        if epoch == 0:
+            self.scale = values.std(0).clamp(min=torch.finfo(values.dtype).tiny)
+        if self.config.shuffle_advantages:
+            order = torch.randperm(len(values), generator=make_generator(self.config.seed, SHUFFLE_ADVANTAGES, epoch))
+            values = torch.stack([values[order, 0], values[:, 1]], 1)
+        return values / self.scale
+
+    @torch.no_grad()
+    def foretold(self, trajectory: Trajectory, reward: torch.Tensor) -> dict[str, float]:
+        """Correlation of rewards (B,), not learned from yet, with what the critic says after each trained step."""
+        said = []
+        for index in torch.arange(len(trajectory)).split(self.config.sample.batch_size):
+            chains = trajectory.take(index).to(self.policy.device)
+            states = [(chains.latents[:, k + 1], time_after(chains, k)) for k in range(trainable_steps(self.config))]
+            said.append(torch.stack([self.critic(x, t, chains.conditioning)[:, 0].cpu() for x, t in states]))
+        found = torch.corrcoef(torch.cat([reward[None], torch.cat(said, 1)]))[0, 1:]
+        return {f"foretold_{k + 1}": float(value) for k, value in enumerate(found.nan_to_num())}
+
+    def learn(self, epoch: int, steps: int) -> float:
+        """Train the critic on what is remembered; returns the mean loss."""
+        scheduler, device = self.policy.scheduler, self.accelerator.device
+        scheduler.set_timesteps(self.config.sample.num_steps, device=device)
+        generator = make_generator(self.config.seed, STATES, epoch, 0)
+        latents, conditioning, truth = self.memory.samples()
+        self.critic.train().requires_grad_(True)
+        total = 0.0
+        for _ in range(steps):
+            n = torch.randint(len(latents), (BATCH,), generator=generator)
+            x, noise = latents[n], torch.randn(BATCH, *latents.shape[1:], generator=generator)
+            t = scheduler.timesteps.cpu()[torch.randint(1, self.config.sample.num_steps, (BATCH,), generator=generator)]
+            clean = torch.rand(BATCH, generator=generator) < CLEAN
+            noisy = scheduler.add_noise(x, noise, t)
+            x = torch.where(clean.view(-1, *[1] * (x.dim() - 1)), x, noisy).to(device)
+            given = {name: value[n].to(device) for name, value in conditioning.items()}
+            said = self.critic(x, t.where(~clean, 0).to(device), given)
+            loss = (said - truth[n].to(device)).square().mean()
+            self.critic_optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.critic.parameters(), 1.0)
+            self.critic_optimizer.step()
+            self.schedule.step()
+            total += float(loss.detach())
+        self.critic.eval().requires_grad_(False)
+        return total / steps
+
+
 def define_flags() -> None:
-    flags.DEFINE_integer("samples", 140, "How often every training prompt is painted.", lower_bound=2)
-    flags.DEFINE_integer("steps", 1400, "Of the critic's training.", lower_bound=1)
-    flags.DEFINE_string("critic", "logs/critic", "Folder where samples and critic are kept.")
+    flags.DEFINE_integer("first_steps", 400, "Of the critic's training, in the first epoch.", lower_bound=1)
+    flags.DEFINE_integer("steps", 20, "Of the critic's training, in every other epoch.", lower_bound=1)
 
 
 def main(args) -> None:
     """args: the parsed flags."""
-    config, folder = args.config, Path(args.critic)
-    check_folder("--critic", folder)
-    set_arithmetic(config)
-    validate(config, 1)
-    ascent = Ascent(config, lambda run, chains: critic_gradients(critic, run.policy, chains, config))
-    prompts, device = ascent.prompts.train_set, ascent.accelerator.device
-    if len(prompts) < 2:
+    config = args.config
+    tracking = config.per_prompt_stat_tracking
+    if tracking is None or tracking.min_count < 2:
         raise UserError(
-            "config.prompts.num_train is 1, but a critic needs prompts to be tested on: set it to 2 or more"
+            "config.per_prompt_stat_tracking.min_count must be 2 or more: a critic learns by what samples of a prompt "
+            "differ in the first epoch"
         )
-    if not (folder / "samples.safetensors").exists():
-        painted = paint(ascent, args.samples)
-        with whole(folder / "samples.safetensors") as partial:
-            save_file(painted, partial)
-    data = load_file(folder / "samples.safetensors")
-    if len(data["reward"]) != len(prompts):
-        raise UserError(
-            f"{folder / 'samples.safetensors'} has samples of {len(data['reward'])} prompts, but this run has "
-            f"{len(prompts)}: give another --critic, or the prompts that it was made with"
-        )
-    if (folder / "critic.safetensors").exists():
-        critic = Critic(load_painter(config, device)).to(device).eval().requires_grad_(False)
-        critic.load_state_dict(load_file(folder / "critic.safetensors"))
-    else:
-        critic = fit(config, data, prompts, args.steps, device)
-        with whole(folder / "critic.safetensors") as partial:
-            save_file(critic.state_dict(), partial)
-    ascent.run()
+    if config.resume_from:
+        raise UserError("config.resume_from is set, but a critic is not in any checkpoint: leave it empty")
+    if config.sample.num_steps < 2:
+        raise UserError(f"config.sample.num_steps is {config.sample.num_steps}, but a critic needs 2 or more")
+    CriticRun(config, args.first_steps, args.steps).train()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What could any training learn from the reward? The exact gradient of MRC, an upper bound of sampling.
 
-    python -m tiny.exact_gradient --config config/tiny.py:mvdream --config.pretrained.lora= [--config.KEY=VALUE ...]
+    python -m tiny.exact_gradient --config config/tiny.py:clean [--config.KEY=VALUE ...]
 
 --steps_back  through how many of the last denoising steps the gradient flows (all)
 
@@ -22,8 +22,6 @@ from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.errors import UserError
-from config.validate import validate
-from ddpo.setup import set_arithmetic
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
@@ -70,6 +68,18 @@ def exact_gradients(
     return totals
 
 
+class ExactGradient(Ascent):
+    """A run along the exact gradient of its reward. Arguments: see the command."""
+
+    def __init__(self, config: ConfigDict, steps_back: int):
+        super().__init__(config)
+        self.steps_back = steps_back
+
+    def gradients(self, chains: Trajectory) -> torch.Tensor:
+        """See `exact_gradients`."""
+        return exact_gradients(self.policy, self.reward_fn.judge, chains, self.config, self.steps_back)
+
+
 def define_flags() -> None:
     flags.DEFINE_integer("steps_back", 1000, "Through how many steps the gradient flows.", lower_bound=1)
 
@@ -77,18 +87,12 @@ def define_flags() -> None:
 def main(args) -> None:
     """args: the parsed flags."""
     config = args.config
-    set_arithmetic(config)
-    validate(config, 1)
     if config.reward_fn != "mrc" or config.recon.name != "tiny_lrm":
         raise UserError(
             f"config.reward_fn = {config.reward_fn!r} and config.recon.name = {config.recon.name!r}, but only MRC of "
             f"'tiny_lrm' is differentiated here: leave them as config/tiny.py has them"
         )
-
-    def gradients(run, chains):
-        return exact_gradients(run.policy, run.reward_fn.judge, chains, config, args.steps_back)
-
-    Ascent(config, gradients).run()
+    ExactGradient(config, args.steps_back).train()
 
 
 if __name__ == "__main__":

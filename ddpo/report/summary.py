@@ -20,6 +20,7 @@ STARTS = {  # what a command may build on
     "config/base.py": base.get_config,
     "config/tiny.py": tiny.get_config,
     "config/tiny.py:mvdream": tiny.mvdream,
+    "config/tiny.py:clean": tiny.clean,
     "config/dgx.py:carve3d_train": dgx.carve3d_train,
     "config/dgx.py:instant3d_grm": dgx.instant3d_grm,
     "config/dgx.py:mvdream_lgm": dgx.mvdream_lgm,
