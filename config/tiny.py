@@ -89,7 +89,7 @@ def clean() -> ConfigDict:
     config.pretrained.lora = ""
     config.prompts.train_file = "prompts/tiny/next_to.txt"
     config.prompts.num_train = 0
-    config.num_epochs = 37
+    config.num_epochs = 24  # later the objects of a pair grow into one
     config.val_freq = 12
     config.sample.total_batch_size = 32
     config.train.total_batch_size = 32

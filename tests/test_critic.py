@@ -107,11 +107,15 @@ def test_the_same_picture_is_worth_the_same_later_on(run):
 
 def test_shuffled_rewards_say_nothing_of_their_samples(run):
     values = [0.1, 0.2, 0.3, 0.4], [-1.0, -2.0, -3.0, -4.0]
-    plain = run.truth(0, samples_of(run, PROMPTS[:4], *values), torch.arange(4))
+    run.truth(0, samples_of(run, PROMPTS[:4], *values), torch.arange(4))
+    better = [0.3, 0.6, 0.7, 0.5], values[1]
+    plain = run.truth(1, samples_of(run, PROMPTS[:4], *better), torch.arange(4))
     run.config.shuffle_advantages = True
-    shuffled = run.truth(0, samples_of(run, PROMPTS[:4], *values), torch.arange(4))
-    assert torch.equal(plain[:, 1], shuffled[:, 1]) and not torch.equal(plain[:, 0], shuffled[:, 0])
-    assert torch.equal(plain[:, 0].sort()[0], shuffled[:, 0].sort()[0])
+    shuffled = run.truth(1, samples_of(run, PROMPTS[:4], *better), torch.arange(4))
+    assert torch.equal(plain[:, 1], shuffled[:, 1])
+    wanted = plain[:, 0] - plain[:, 0].mean()  # nor of their epoch, by which one would tell the painter from the base
+    assert wanted.abs().max() > 0.1 and not torch.allclose(wanted, shuffled[:, 0])
+    torch.testing.assert_close(wanted.sort()[0], shuffled[:, 0].sort()[0])
 
 
 def test_nothing_is_learned_from_bad_samples_and_nothing_forgotten(run):

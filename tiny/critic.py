@@ -175,7 +175,8 @@ class CriticRun(Ascent):
             self.scale = values.std(0).clamp(min=torch.finfo(values.dtype).tiny)
         if self.config.shuffle_advantages:
             order = torch.randperm(len(values), generator=make_generator(self.config.seed, SHUFFLE_ADVANTAGES, epoch))
-            values = torch.stack([values[order, 0], values[:, 1]], 1)
+            # without the epoch's mean, from which a critic would learn what the painter has come from
+            values = torch.stack([values[order, 0] - values[:, 0].mean(), values[:, 1]], 1)
         return values / self.scale
 
     @torch.no_grad()
