@@ -17,13 +17,14 @@ from ddpo.pictures import save_views
 from diffusers_patch.loading import load_painter
 from diffusers_patch.mv_sdxl import split_grid
 from diffusers_patch.rollout import rollout
+from mrc.bounding_box import foreground_mask
 from mrc.sanity_rewards import tile_views
 from recon.cameras import instant3d_cameras, project
 from tiny import captions as caption_files
 from tiny import compare_runs, train_defect, train_mvdream, train_painter
 from tiny.classifier import PAIRS, Classifier, caption_agreement, pair_labels
 from tiny.defects import DEFECTS, VIEW, add_defect, colour_shares, is_defective
-from tiny.evaluate import compare, evaluate_run, evaluate_views, main, paired_p_value, table
+from tiny.evaluate import compare, evaluate_run, evaluate_views, every_colour_seen, main, paired_p_value, table
 from tiny.objects import (
     COLOUR_NAMES,
     COLOURS,
@@ -280,6 +281,24 @@ def test_exact_views_are_evaluated_as_correct(world):
     others = captions[1:] + captions[:1]
     wrong = evaluate_views(views, others, "colour", StubClassifier(captions, 4))
     assert wrong["colours"].mean() < 0.5 and wrong["classifier"].mean() < 0.3
+
+
+def test_a_pair_that_becomes_one_is_noticed(world):
+    """Where a view shows one of the colours alone, and only there."""
+    captions, _, views = world
+    exact = every_colour_seen(views, captions, torch.ones(views.shape[:2], dtype=torch.bool))
+    assert exact.mean() > 0.8
+    pair = exact == 1
+    merged, chosen = views[pair].clone(), [c for c, two in zip(captions, pair, strict=True) if two]
+    two_colours = torch.tensor([len({colour for colour, _ in parse_caption(caption)[0]}) == 2 for caption in chosen])
+    inside = foreground_mask(merged[:, 1])[:, None]
+    first = torch.tensor([COLOURS[parse_caption(caption)[0][0][0]] for caption in chosen])[:, :, None, None]
+    merged[:, 1] = torch.where(inside, first, merged[:, 1])
+    use = torch.ones(merged.shape[:2], dtype=torch.bool)
+    assert two_colours.any()
+    torch.testing.assert_close(every_colour_seen(merged, chosen, use), torch.where(two_colours, 0.75, 1.0))
+    use[:, 1] = False
+    assert (every_colour_seen(merged, chosen, use) == 1).all()
 
 
 def test_samples_with_an_empty_view_are_counted(world):

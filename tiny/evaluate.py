@@ -28,6 +28,7 @@ from tiny.defects import DEFECTS, SHIPPED, VIEW, colour_shares, is_defective
 from tiny.objects import COLOUR_NAMES, parse_caption
 
 SHAPE = (4, 3, 64, 64)  # of the views of a sample
+SEEN = 0.1  # of an object's pixels have a colour that is seen
 MIN_FOREGROUND = base.get_config().mrc.min_foreground  # share of the view; below it a view counts as empty
 
 
@@ -41,8 +42,9 @@ def evaluate_views(
         empty: 0 or 1, whether some view shows no object
         foreground: mean share of a view that is foreground
         colours: share of the caption's colours that are dominant, see `colour_agreement`
+        seen: share of the views that show every colour of the caption, see `every_colour_seen`
         classifier: share of the caption's coloured shapes that the classifier finds
-    The last three are averages over the good views: all four, or the first three of a defective sample. Raises
+    The last four are averages over the good views: all four, or the first three of a defective sample. Raises
     ValueError for an unknown defect and for captions from outside the small world."""
     views = views.float()
     defective = is_defective(defect, views)
@@ -54,6 +56,7 @@ def evaluate_views(
         "empty": (area < MIN_FOREGROUND).any(1).float(),
         "foreground": (area * use).sum(1) / use.sum(1),
         "colours": colour_agreement(views, captions, use),
+        "seen": every_colour_seen(views, captions, use),
         "classifier": caption_agreement(classifier or Classifier.from_pretrained(), views, captions, use),
     }
 
@@ -69,6 +72,20 @@ def colour_agreement(views: torch.Tensor, captions: list[str], use: torch.Tensor
         seen = {k for k in share[n].topk(len(wanted)).indices.tolist() if share[n, k] > 0}
         agreement.append(len(wanted & seen) / len(wanted))
     return torch.tensor(agreement)
+
+
+def every_colour_seen(views: torch.Tensor, captions: list[str], use: torch.Tensor) -> torch.Tensor:
+    """Share of a sample's views in which each colour of its caption has at least SEEN of the object: (N,) in [0, 1].
+
+    It falls where two objects become one of a single colour, which consistency alone does not mind. Arguments as of
+    `colour_agreement`."""
+    share = colour_shares(views)
+    found = []
+    for n, caption in enumerate(captions):
+        wanted = sorted({COLOUR_NAMES.index(colour) for colour, _ in parse_caption(caption)[0]})
+        every = (share[n][:, wanted] >= SEEN).all(1)
+        found.append((every & use[n]).sum() / use[n].sum())
+    return torch.stack(found)
 
 
 def compare(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> dict[str, dict]:
