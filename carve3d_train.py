@@ -151,16 +151,16 @@ class Run:
         self.kl = float(scores["kl"].mean()) if self.score_reference else 0.0
 
         start = time.perf_counter()
-        updates = self.update(epoch, samples, advantages[local])
+        updates = []
+        if epoch > 0:  # the first epoch only fills the trackers
+            updates = self.update(epoch, samples, advantages[local])
         self.epochs_done += 1
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         with self.stopping.safely():
             self.log.epoch(epoch, samples, prompts[local], scores, updates, seconds)
 
     def update(self, epoch, samples, advantages):
-        """The updates of an epoch: one dict of statistics per optimizer step. The first one only fills the trackers."""
-        if epoch == 0:
-            return []
+        """The updates of an epoch: one dict of statistics per optimizer step."""
         generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch, self.accelerator.process_index)
         self.calibration.start(samples.trajectory)
         learner = self.policy, self.optimizer, self.accelerator

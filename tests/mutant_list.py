@@ -21,7 +21,7 @@ def _in(file: str, *edits: tuple[str, str, str, str]) -> list[Mutant]:
 _EXACT = "test_exact_gradient.py::test_gradients_are_those_of_what_is_painted"
 _WORTH = "test_critic.py::test_gradients_are_those_of_what_the_next_state_is_worth"
 _FORETELLS = "test_critic.py::test_a_critic_foretells_what_no_place_shows_alone"
-_BAD = "test_critic.py::test_nothing_is_learned_from_bad_samples"
+_BAD = "test_critic.py::test_nothing_is_learned_from_bad_samples_and_nothing_forgotten"
 _DIRECTION = "test_exact_gradient.py::test_the_direction_raises_the_reward_and_can_hold_the_area"
 _FIRST = "test_run.py::test_the_first_epoch_learns_nothing_and_a_spent_kl_ends_the_run"
 _RANDOM = "test_run.py::test_random_numbers_follow_from_seed_and_epoch"
@@ -87,8 +87,8 @@ MUTANTS = [
         ),
         (
             "an update in the first epoch",
-            "if epoch == 0:\n            return []",
-            "",
+            "if epoch > 0:  # the first",
+            "if epoch >= 0:  # the first",
             _FIRST,
         ),
     ),
@@ -1004,11 +1004,16 @@ MUTANTS = [
         "tiny/critic.py",
         (
             "value gradients of the wrong sign",
-            "total += parameters_to_vector(",
-            "total -= parameters_to_vector(",
+            "totals[n] += parameters_to_vector(",
+            "totals[n] -= parameters_to_vector(",
             _WORTH,
         ),
-        ("value gradients that forget the noise", "mean[many] + std[many] * noise", "mean[many]", _WORTH),
+        (
+            "value gradients that forget the noise",
+            "mean.detach()[many] + std[many] * noise",
+            "mean.detach()[many]",
+            _WORTH,
+        ),
         (
             "the next state judged at the time before",
             "torch.zeros_like(trajectory.timesteps[:, 0]) if last else trajectory.timesteps[:, k + 1]",
@@ -1017,26 +1022,40 @@ MUTANTS = [
         ),
         ("a critic that compares no places", "alike.flatten(1)", "0 * alike.flatten(1)", _FORETELLS),
         (
-            "a critic that learns another sample's advantage",
-            "said - advantages[n].to(device)",
-            "said - advantages[:BATCH].to(device)",
+            "a critic that learns another sample's reward",
+            "said - truth[n].to(device)",
+            "said - truth[:BATCH].to(device)",
             _FORETELLS,
         ),
         (
             "a critic that learns from bad samples",
             "samples.reward.cpu().isfinite()",
-            "torch.ones(len(advantages))",
+            "torch.ones(len(prompts))",
             _BAD,
         ),
         (
-            "a critic that forgets nothing",
-            "deque(maxlen=REMEMBERED)",
-            "deque()",
-            "test_critic.py::test_what_is_old_is_forgotten",
+            "a critic that forgets",
+            "        self.epochs.append(",
+            "        self.epochs[:] = []\n        self.epochs.append(",
+            _BAD,
+        ),
+        (
+            "rewards measured against those of the same epoch",
+            "        if epoch == 0:\n            rows",
+            "        if epoch >= 0:\n            rows",
+            "test_critic.py::test_the_same_picture_is_worth_the_same_later_on",
+        ),
+        (
+            "a control that gives away how good an epoch was",
+            "values[order, 0] - values[:, 0].mean()",
+            "values[order, 0]",
+            "test_critic.py::test_shuffled_rewards_say_nothing_of_their_samples",
         ),
     ),
     *_in(
         "tiny/ascent.py",
+        ("growth that is climbed", "- self.area_control.penalty() *", "+ self.area_control.penalty() *", _DIRECTION),
+        ("area that is climbed", "without(wanted, area)", "wanted", _DIRECTION),
         (
             "gradients followed downhill",
             "set_gradient(self.parameters, -self",
@@ -1052,8 +1071,6 @@ MUTANTS = [
     ),
     *_in(
         "tiny/exact_gradient.py",
-        ("growth that is climbed", "- self.area_control.penalty() *", "+ self.area_control.penalty() *", _DIRECTION),
-        ("area that is climbed", "without(reward, area)", "reward", _DIRECTION),
         (
             "exact gradients of one step more",
             "max(0, trajectory.num_steps - steps_back)",

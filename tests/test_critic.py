@@ -13,7 +13,6 @@ from tests import children
 from tests.test_exact_gradient import PAINTERS, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, make_mvdream, settings
-from tiny import critic
 from tiny.critic import NOISES, Critic, CriticRun, critic_gradients
 
 
@@ -82,36 +81,35 @@ def test_a_critic_foretells_what_no_place_shows_alone(world, tmp_path, painter):
 
 def samples_of(run, prompts, reward, area):
     """What an epoch painted, with these rewards and areas (N,)."""
-    samples = run.collect_samples(
-        run.reward_fn, prompts, [torch.Generator().manual_seed(i) for i in range(len(prompts))]
-    )
+    samples = run.paint(run.reward_fn, prompts, 0)
     return replace(samples, reward=torch.tensor(reward), foreground=torch.tensor(area).exp()[:, None].expand(-1, 4))
 
 
+OF = ["a", "a", "b", "b"], torch.arange(4)  # prompts of four samples, and which of them are good
+
+
 @pytest.fixture
-def run(world, tmp_path, monkeypatch):
-    """Of a critic that learns next to nothing; the prompts of its epochs are "a", "a", "b", "b"."""
-    run = CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1)
-    monkeypatch.setattr(critic, "epoch_prompts", lambda *_: ["a", "a", "b", "b"])
-    return run
+def run(world, tmp_path):
+    """Of a critic that learns next to nothing."""
+    return CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1)
 
 
 def test_the_same_picture_is_worth_the_same_later_on(run):
     """What the first epoch's samples of a prompt were is the measure."""
-    everything, prompts = torch.arange(4), PROMPTS[:4]
-    first = run.truth(0, samples_of(run, prompts, [-0.3, -0.1, -0.6, -0.4], [-2.0, -1.0, -1.0, 0.0]), everything)
+    prompts = PROMPTS[:4]
+    first = run.truth(0, samples_of(run, prompts, [-0.3, -0.1, -0.6, -0.4], [-2.0, -1.0, -1.0, 0.0]), *OF)
     torch.testing.assert_close(first, torch.tensor([[-1.0, -1.0], [1, 1], [-1, -1], [1, 1]]) * 0.75**0.5)
-    later = run.truth(1, samples_of(run, prompts, [-0.1, 0.1, -0.4, -0.4], [-1.0, -1.0, -1.0, -1.0]), everything)
+    later = run.truth(1, samples_of(run, prompts, [-0.1, 0.1, -0.4, -0.4], [-1.0, -1.0, -1.0, -1.0]), *OF)
     torch.testing.assert_close(later, torch.tensor([[1.0, 1.0], [3, 1], [1, -1], [1, -1]]) * 0.75**0.5)
 
 
 def test_shuffled_rewards_say_nothing_of_their_samples(run):
     values = [0.1, 0.2, 0.3, 0.4], [-1.0, -2.0, -3.0, -4.0]
-    run.truth(0, samples_of(run, PROMPTS[:4], *values), torch.arange(4))
+    run.truth(0, samples_of(run, PROMPTS[:4], *values), *OF)
     better = [0.3, 0.6, 0.7, 0.5], values[1]
-    plain = run.truth(1, samples_of(run, PROMPTS[:4], *better), torch.arange(4))
+    plain = run.truth(1, samples_of(run, PROMPTS[:4], *better), *OF)
     run.config.shuffle_advantages = True
-    shuffled = run.truth(1, samples_of(run, PROMPTS[:4], *better), torch.arange(4))
+    shuffled = run.truth(1, samples_of(run, PROMPTS[:4], *better), *OF)
     assert torch.equal(plain[:, 1], shuffled[:, 1])
     wanted = plain[:, 0] - plain[:, 0].mean()  # nor of their epoch, by which one would tell the painter from the base
     assert wanted.abs().max() > 0.1 and not torch.allclose(wanted, shuffled[:, 0])
@@ -121,7 +119,7 @@ def test_shuffled_rewards_say_nothing_of_their_samples(run):
 def test_nothing_is_learned_from_bad_samples_and_nothing_forgotten(run):
     samples = samples_of(run, PROMPTS[:4], [-0.3, -0.1, float("nan"), -0.4], [-2.0, -1.0, float("nan"), -1.5])
     for _ in range(2):
-        assert run.update(0, samples, torch.zeros(4)) == []
+        assert run.update(0, samples, OF[0]) == []
     latents, conditioning, truth = run.memory.samples()
     assert torch.equal(latents, samples.trajectory.latents[[0, 1, 3, 0, 1, 3], -1]) and truth.isfinite().all()
     for name, value in conditioning.items():

@@ -88,7 +88,7 @@ def test_the_reward_is_that_of_mrc_and_the_area_nearly_the_foreground(world, tmp
 def test_the_direction_raises_the_reward_and_can_hold_the_area(world, tmp_path, monkeypatch, hold):
     """It leaves the area as it is, and takes back what has grown."""
     run = ExactGradient(configuration(world, tmp_path, "mvdream", train__hold_foreground=hold), 1000)
-    samples = run.collect_samples(run.reward_fn, PROMPTS[:2], [torch.Generator().manual_seed(i) for i in range(2)])
+    samples = run.paint(run.reward_fn, PROMPTS[:2], 0)
     area = torch.randn(sum(p.numel() for p in run.parameters), generator=torch.Generator().manual_seed(0))
     reward = torch.randn(len(area), generator=torch.Generator().manual_seed(1)) + area
     monkeypatch.setattr(run, "gradients", lambda chains: len(chains) * torch.stack([reward, area]))
@@ -106,12 +106,12 @@ def test_the_direction_raises_the_reward_and_can_hold_the_area(world, tmp_path, 
 def test_an_update_climbs(world, tmp_path, monkeypatch):
     """And not in the first epoch."""
     run = ExactGradient(configuration(world, tmp_path, "mvdream", train__learning_rate=1e-4), 1000)
-    samples = run.collect_samples(run.reward_fn, PROMPTS[:2], [torch.Generator().manual_seed(i) for i in range(2)])
+    samples = run.paint(run.reward_fn, PROMPTS[:2], 0)
     before = parameters_to_vector(run.parameters).detach()
     upwards = torch.randn(len(before), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(run, "direction", lambda trajectory: upwards)
-    assert run.update(0, samples, torch.zeros(2)) == [] and torch.equal(before, parameters_to_vector(run.parameters))
-    (statistics,) = run.update(1, samples, torch.zeros(2))
+    assert run.update(0, samples, PROMPTS[:2]) == [] and torch.equal(before, parameters_to_vector(run.parameters))
+    (statistics,) = run.update(1, samples, PROMPTS[:2])
     assert statistics["loss"] == pytest.approx(-float(samples.reward.mean()))
     step = parameters_to_vector(run.parameters).detach() - before
     assert F.cosine_similarity(step, upwards, dim=0) > 0.4

@@ -1,33 +1,60 @@
-"""Training runs that are told where to go: the frame of tiny/exact_gradient.py and tiny/critic.py.
+"""Runs that are told where to go: the frame of tiny/exact_gradient.py and tiny/critic.py.
 
-All but the direction of the updates is that of a training run: prompts, noise, step size, held area, validations, and
-what is left in its folder, which `python -m tiny.evaluate` compares before and after.
+All but the direction of the updates is that of a training run: prompts, noise, step size, held area and validations. So
+is the folder, in which `python -m tiny.evaluate` compares before and after. Such a run is one process and not resumed.
 """
 
-from abc import abstractmethod
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 
 import torch
 from ml_collections import ConfigDict
 
-from carve3d_train import Run
 from config.errors import UserError
-from ddpo.area import without
-from ddpo.sampling import Samples
+from config.validate import validate
+from ddpo.area import AreaControl, without
+from ddpo.calibration import StepCalibration
+from ddpo.run_folder import open_run
+from ddpo.run_log import RunLog
+from ddpo.sampling import (
+    NOISE,
+    VALIDATION,
+    Samples,
+    collect_samples,
+    epoch_prompts,
+    gather_scores,
+    make_generator,
+)
+from ddpo.setup import make_optimizer, set_arithmetic, start_accelerator
 from ddpo.update import optimizer_step, set_gradient
+from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.rollout import Trajectory
+from mrc.rewards import load_reward
+from prompts.dataset import PromptDataset
 
 
-class Ascent(Run):
-    """A run of one process with one update in each epoch but the first, along `direction`."""
+class Ascent(ABC):
+    """A run with one update in each of the config.num_epochs epochs but the first, along `direction`."""
 
     def __init__(self, config: ConfigDict):
-        config.train.gradients_while_painting = False  # of log-probabilities, which nobody asks for
-        super().__init__(config)
-        if self.accelerator.num_processes > 1:
-            raise UserError(
-                f"{self.accelerator.num_processes} processes were started, but this study is one: start it by python"
-            )
+        if config.resume_from:
+            raise UserError("config.resume_from is set, but this study is not resumed: leave it empty")
+        set_arithmetic(config)
+        self.config = validate(config, 1)
+        check_cameras(config)
+        self.accelerator = accelerator = start_accelerator(config)
+        self.prompts = PromptDataset.from_config(config.prompts)
+        opened = open_run(config, accelerator, self.prompts)
+        self.reward_fn = load_reward(config, accelerator.device)
+        self.policy = load_painter(config, accelerator.device)
+        make_trainable(self.policy, config)
         self.parameters = self.policy.trainable_parameters()
+        self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
+        self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
+        self.area_control = AreaControl() if config.train.hold_foreground else None
+        self.log = RunLog(opened.folder, accelerator, config)
+        self.log.start(0, False, opened)
 
     @abstractmethod
     def gradients(self, chains: Trajectory) -> torch.Tensor:
@@ -46,8 +73,38 @@ class Ascent(Run):
         scale = wanted.norm() / area.norm().clamp(min=torch.finfo(area.dtype).tiny)
         return without(wanted, area) - self.area_control.penalty() * scale * area
 
-    def update(self, epoch: int, samples: Samples, advantages: torch.Tensor) -> list[dict]:
-        """One step along `direction`; arguments and result as of `Run.update`."""
+    def train(self) -> None:
+        """Validate, ascend, validate."""
+        self.validation(0)
+        for epoch in range(self.config.num_epochs):
+            self.epoch(epoch)
+            if (epoch + 1) % self.config.val_freq == 0 or epoch + 1 == self.config.num_epochs:
+                self.validation(epoch + 1)
+        self.policy.save_lora(self.log.folder / "final")
+        self.log.final()
+
+    def paint(self, reward_fn: Callable, prompts: Sequence[str], *stream: int, keep_images: int = 0) -> Samples:
+        """One sample for each prompt; stream: seed, purpose and indices of the generators."""
+        generators = [make_generator(*stream, i) for i in range(len(prompts))]
+        return collect_samples(
+            self.policy, reward_fn, prompts, generators, self.config, score_reference=True, keep_images=keep_images
+        )
+
+    def epoch(self, epoch: int) -> None:
+        """Paint as a training run does, and take a step; the first epoch only tells how large objects are."""
+        config = self.config
+        prompts = epoch_prompts(self.prompts, config, epoch, 1)
+        samples = self.paint(self.reward_fn, prompts, config.seed, NOISE, epoch)
+        if self.area_control:  # for the growth that it sees; there are no advantages
+            good = samples.reward.isfinite().cpu().numpy()
+            self.area_control(torch.zeros(len(prompts)), samples.foreground.cpu().numpy(), prompts, good)
+        start = time.perf_counter()
+        updates = self.update(epoch, samples, prompts)
+        seconds = {**samples.seconds, "update": time.perf_counter() - start}
+        self.log.epoch(epoch, samples, prompts, gather_scores(samples, self.accelerator), updates, seconds)
+
+    def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
+        """One step along `direction`, in the first epoch none: statistics as of `ddpo.update.optimizer_step`."""
         if epoch == 0:
             return []
         self.calibration.start(samples.trajectory)
@@ -55,3 +112,11 @@ class Ascent(Run):
         after = self.calibration.after_update
         loss = -float(samples.reward.nanmean())
         return [{"loss": loss, **optimizer_step(self.parameters, self.optimizer, self.accelerator, self.config, after)}]
+
+    def validation(self, epochs_done: int) -> None:
+        """Paint and judge the validation prompts as a training run does."""
+        prompts = self.prompts.val_set
+        reward_fn = getattr(self.reward_fn, "judged", self.reward_fn)
+        samples = self.paint(reward_fn, prompts, 0, VALIDATION, keep_images=len(prompts))
+        self.log.validation_images(epochs_done, range(len(prompts)), samples.images)
+        self.log.validation(epochs_done, gather_scores(samples, self.accelerator), prompts)

@@ -21,6 +21,7 @@ shuffled among the samples, as a control.
 """
 
 import copy
+from collections.abc import Sequence
 from functools import partial
 from math import prod
 
@@ -34,7 +35,7 @@ from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
 from ddpo.area import log_area
-from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, epoch_prompts, make_generator
+from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, make_generator
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter
 from diffusers_patch.policy import MultiViewPolicy
@@ -149,21 +150,20 @@ class CriticRun(Ascent):
         """See `critic_gradients`."""
         return critic_gradients(self.critic, self.policy, chains, self.config, self.noise)
 
-    def update(self, epoch: int, samples: Samples, advantages: torch.Tensor) -> list[dict]:
-        """The critic learns, then the painter; arguments and result as of `Run.update`."""
+    def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
+        """The critic learns, then the painter; arguments and result as of `Ascent.update`."""
         good = samples.reward.cpu().isfinite().nonzero().flatten()
-        chains, truth = samples.trajectory.take(good), self.truth(epoch, samples, good)
+        chains, truth = samples.trajectory.take(good), self.truth(epoch, samples, prompts, good)
         known = self.foretold(chains, truth[:, 0])
         self.memory.add(chains, truth)
         known["critic_loss"] = self.learn(epoch, self.steps if epoch else self.first_steps)
         self.log.say("critic: " + "  ".join(f"{name} {value:.2f}" for name, value in known.items()))
         self.noise = make_generator(self.config.seed, STATES, epoch, 1)
-        return [{**statistics, **known} for statistics in super().update(epoch, samples, advantages)]
+        return [{**statistics, **known} for statistics in super().update(epoch, samples, prompts)]
 
-    def truth(self, epoch: int, samples: Samples, good: torch.Tensor) -> torch.Tensor:
+    def truth(self, epoch: int, samples: Samples, prompts: Sequence[str], good: torch.Tensor) -> torch.Tensor:
         """Reward and log area of the samples `good` (n,): (n, 2), less what they were for the same prompt in the first
         epoch, in standard deviations of what they differed by then. So the same picture is worth the same later on."""
-        prompts = epoch_prompts(self.prompts, self.config, epoch, 1)
         prompts = [prompts[i] for i in good.tolist()]
         area = torch.from_numpy(log_area(samples.foreground.cpu().numpy()))
         values = torch.stack([samples.reward.cpu(), area.to(samples.reward.dtype)], 1)[good]
@@ -232,8 +232,6 @@ def main(args) -> None:
             "config.per_prompt_stat_tracking.min_count must be 2 or more: a critic learns by what samples of a prompt "
             "differ in the first epoch"
         )
-    if config.resume_from:
-        raise UserError("config.resume_from is set, but a critic is not in any checkpoint: leave it empty")
     if config.sample.num_steps < 2:
         raise UserError(f"config.sample.num_steps is {config.sample.num_steps}, but a critic needs 2 or more")
     CriticRun(config, args.first_steps, args.steps).train()
