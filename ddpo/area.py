@@ -54,13 +54,8 @@ class AreaControl:
         wanted = PROPORTIONAL * np.mean(self.growth[-SMOOTHED:]) + INTEGRAL * np.sum(self.growth)
         return float(np.clip(wanted, -LARGEST_PENALTY, LARGEST_PENALTY))
 
-    def __call__(
-        self, advantages: torch.Tensor, foreground: np.ndarray, prompts: Sequence[str], good: np.ndarray
-    ) -> torch.Tensor:
-        """Advantages (N,) of the samples of ALL processes -> (N,), on the CPU.
-
-        foreground: (N, V), see `log_area`; prompts: N; good: (N,) bool, the others keep their advantage and are not
-        counted."""
+    def observe(self, foreground: np.ndarray, prompts: Sequence[str], good: np.ndarray) -> tuple[list[str], np.ndarray]:
+        """Count an epoch's growth; arguments as of a call. Returns prompts and log areas (n,) of the good samples."""
         kept = [prompt for prompt, is_good in zip(prompts, good, strict=True) if is_good]
         area = one_value_per_prompt("area", log_area(foreground[good]), kept)
         for prompt in dict.fromkeys(kept):
@@ -68,6 +63,16 @@ class AreaControl:
             self.start.setdefault(prompt, float(area[same].mean()))
         grown = float(np.mean(area - [self.start[prompt] for prompt in kept]))
         self.growth = [*self.growth, grown][-REMEMBERED:]
+        return kept, area
+
+    def __call__(
+        self, advantages: torch.Tensor, foreground: np.ndarray, prompts: Sequence[str], good: np.ndarray
+    ) -> torch.Tensor:
+        """Advantages (N,) of the samples of ALL processes -> (N,), on the CPU.
+
+        foreground: (N, V), see `log_area`; prompts: N; good: (N,) bool, the others keep their advantage and are not
+        counted."""
+        kept, area = self.observe(foreground, prompts, good)
         larger = torch.zeros_like(advantages)
         larger[torch.from_numpy(good)] = torch.as_tensor(self.tracker.update(kept, area), dtype=advantages.dtype)
         return without(advantages, larger) - self.penalty() * larger

@@ -286,7 +286,7 @@ def test_exact_views_are_evaluated_as_correct(world):
 def test_a_pair_that_becomes_one_is_noticed(world):
     """Where a view shows one of the colours alone, and only there."""
     captions, _, views = world
-    exact = every_colour_seen(views, captions, torch.ones(views.shape[:2], dtype=torch.bool))
+    exact = every_colour_seen(colour_shares(views), captions, torch.ones(views.shape[:2], dtype=torch.bool))
     assert exact.mean() > 0.8
     pair = exact == 1
     merged, chosen = views[pair].clone(), [c for c, two in zip(captions, pair, strict=True) if two]
@@ -296,9 +296,11 @@ def test_a_pair_that_becomes_one_is_noticed(world):
     merged[:, 1] = torch.where(inside, first, merged[:, 1])
     use = torch.ones(merged.shape[:2], dtype=torch.bool)
     assert two_colours.any()
-    torch.testing.assert_close(every_colour_seen(merged, chosen, use), torch.where(two_colours, 0.75, 1.0))
+    torch.testing.assert_close(
+        every_colour_seen(colour_shares(merged), chosen, use), torch.where(two_colours, 0.75, 1.0)
+    )
     use[:, 1] = False
-    assert (every_colour_seen(merged, chosen, use) == 1).all()
+    assert (every_colour_seen(colour_shares(merged), chosen, use) == 1).all()
 
 
 def test_samples_with_an_empty_view_are_counted(world):

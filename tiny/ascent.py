@@ -95,9 +95,9 @@ class Ascent(ABC):
         config = self.config
         prompts = epoch_prompts(self.prompts, config, epoch, 1)
         samples = self.paint(self.reward_fn, prompts, config.seed, NOISE, epoch)
-        if self.area_control:  # for the growth that it sees; there are no advantages
+        if self.area_control:
             good = samples.reward.isfinite().cpu().numpy()
-            self.area_control(torch.zeros(len(prompts)), samples.foreground.cpu().numpy(), prompts, good)
+            self.area_control.observe(samples.foreground.cpu().numpy(), prompts, good)
         start = time.perf_counter()
         updates = self.update(epoch, samples, prompts)
         seconds = {**samples.seconds, "update": time.perf_counter() - start}

@@ -195,13 +195,14 @@ class CriticRun(Ascent):
         scheduler, device = self.policy.scheduler, self.accelerator.device
         scheduler.set_timesteps(self.config.sample.num_steps, device=device)
         generator = make_generator(self.config.seed, STATES, epoch, 0)
+        later = scheduler.timesteps[1:].cpu()  # than the first, at which there is nothing to see yet
         latents, conditioning, truth = self.memory.samples()
         self.critic.train().requires_grad_(True)
         total = 0.0
         for _ in range(steps):
             n = torch.randint(len(latents), (BATCH,), generator=generator)
             x, noise = latents[n], torch.randn(BATCH, *latents.shape[1:], generator=generator)
-            t = scheduler.timesteps.cpu()[torch.randint(1, self.config.sample.num_steps, (BATCH,), generator=generator)]
+            t = later[torch.randint(len(later), (BATCH,), generator=generator)]
             clean = torch.rand(BATCH, generator=generator) < CLEAN
             noisy = scheduler.add_noise(x, noise, t)
             x = torch.where(clean.view(-1, *[1] * (x.dim() - 1)), x, noisy).to(device)

@@ -48,6 +48,7 @@ def evaluate_views(
     ValueError for an unknown defect and for captions from outside the small world."""
     views = views.float()
     defective = is_defective(defect, views)
+    shares = colour_shares(views)
     area = foreground_mask(views).float().mean((-2, -1))
     use = torch.ones_like(area, dtype=torch.bool)
     use[:, VIEW] = ~defective
@@ -55,35 +56,38 @@ def evaluate_views(
         "defective": defective.float(),
         "empty": (area < MIN_FOREGROUND).any(1).float(),
         "foreground": (area * use).sum(1) / use.sum(1),
-        "colours": colour_agreement(views, captions, use),
-        "seen": every_colour_seen(views, captions, use),
+        "colours": colour_agreement(shares, captions, use),
+        "seen": every_colour_seen(shares, captions, use),
         "classifier": caption_agreement(classifier or Classifier.from_pretrained(), views, captions, use),
     }
 
 
-def colour_agreement(views: torch.Tensor, captions: list[str], use: torch.Tensor) -> torch.Tensor:
+def caption_colours(caption: str) -> list[int]:
+    """The colours of a caption, each once, as their places in COLOURS."""
+    return sorted({COLOUR_NAMES.index(colour) for colour, _ in parse_caption(caption)[0]})
+
+
+def colour_agreement(shares: torch.Tensor, captions: list[str], use: torch.Tensor) -> torch.Tensor:
     """Share of the K colours in a caption that are among the K most frequent of its sample: (N,) in [0, 1].
 
-    views: (N, V, 3, S, S) in [0, 1]; use: (N, V) bool, the views to include."""
-    share = (colour_shares(views) * use[..., None]).sum(1)
+    shares: (N, V, 8) as of `colour_shares`; use: (N, V) bool, the views to include."""
+    share = (shares * use[..., None]).sum(1)
     agreement = []
     for n, caption in enumerate(captions):
-        wanted = {COLOUR_NAMES.index(colour) for colour, _ in parse_caption(caption)[0]}
+        wanted = caption_colours(caption)
         seen = {k for k in share[n].topk(len(wanted)).indices.tolist() if share[n, k] > 0}
-        agreement.append(len(wanted & seen) / len(wanted))
+        agreement.append(len(seen.intersection(wanted)) / len(wanted))
     return torch.tensor(agreement)
 
 
-def every_colour_seen(views: torch.Tensor, captions: list[str], use: torch.Tensor) -> torch.Tensor:
+def every_colour_seen(shares: torch.Tensor, captions: list[str], use: torch.Tensor) -> torch.Tensor:
     """Share of a sample's views in which each colour of its caption has at least SEEN of the object: (N,) in [0, 1].
 
     It falls where two objects become one of a single colour, which consistency alone does not mind. Arguments as of
     `colour_agreement`."""
-    share = colour_shares(views)
     found = []
     for n, caption in enumerate(captions):
-        wanted = sorted({COLOUR_NAMES.index(colour) for colour, _ in parse_caption(caption)[0]})
-        every = (share[n][:, wanted] >= SEEN).all(1)
+        every = (shares[n][:, caption_colours(caption)] >= SEEN).all(1)
         found.append((every & use[n]).sum() / use[n].sum())
     return torch.stack(found)
 
