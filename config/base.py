@@ -175,8 +175,7 @@ def get_config() -> ConfigDict:
     config.train.num_inner_epochs = 1
     # What becomes likelier where the advantage is positive, and unlikelier where it is negative: "ddpo" = the path that
     # was taken, by the log-probabilities of its steps (published); "awm" = the picture that it led to, by how well the
-    # model foretells it from fresh noise at the levels of the same steps (advantage-weighted matching). "awm" needs
-    # gradients_while_painting and what these need.
+    # model foretells it from fresh noise at the levels of the same steps (advantage-weighted matching).
     config.train.objective = "ddpo"
     # Use the guidance of the sampling in the update (DDPO's key). Must be True for "ddpo", which would else score
     # another policy than the one that sampled; "awm" may match without. For no guidance at all set
@@ -268,8 +267,7 @@ def get_config() -> ConfigDict:
     ###### KL to the base model ######
     # Keep the policy near its base model. Costs one more forward pass per step in sampling.
     config.kl_penalty = True
-    # True: subtract it from the reward's advantage (published; the only place where it restrains an on-policy run).
-    # False: add kl_beta * KL to the loss.
+    # True: subtract it from the reward's advantage (published). False: add kl_beta * KL to the loss.
     config.kl_in_reward = True
     # Weight of the KL in the loss, used with kl_in_reward = False.
     config.kl_beta = 0.001
@@ -278,7 +276,9 @@ def get_config() -> ConfigDict:
     # Normalise the KL per prompt, as the rewards are, before it is weighted.
     config.kl_per_prompt_stat_tracking = True
     # "log_ratio" (published: unbiased, noisy) or "analytic" (closed form of each step, same expectation, less noise).
-    # For the KL in the reward, in the log and of stop_kl; the one in the loss is always the log ratio.
+    # What restrains a purely on-policy run is the log ratio in the reward, or the closed form in the loss, which costs
+    # the update one more forward pass per step. The others hardly do: the log ratio in the loss has no gradient in
+    # expectation, and the closed form in the reward none but towards states in which both models agree anyway.
     config.kl_estimator = "log_ratio"
     # Share of the trainable steps (all but train.skip_last_steps, whatever train.timestep_fraction) at which the base
     # model is asked, (0, 1]; drawn for every painted batch, spread evenly, so that the KL keeps its expectation and

@@ -62,10 +62,9 @@ def reference_steps(config: ConfigDict) -> int:
 
 def gradients_while_painting(config: ConfigDict) -> bool:
     """Whether an epoch's only update takes its gradients from the painting passes, once the batches are derived."""
-    kl_in_loss = config.kl_penalty and not config.kl_in_reward
-    return (
-        config.train.gradients_while_painting and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss
-    )
+    kl_in_loss, train = config.kl_penalty and not config.kl_in_reward, config.train
+    painted = train.gradients_while_painting and train.objective == "ddpo"
+    return painted and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss
 
 
 def batch_table(config: ConfigDict, num_processes: int) -> str:
@@ -78,9 +77,8 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
     if updates == 1:
         policy = "purely on-policy (one update on each epoch's own samples)"
         if gradients_while_painting(config):
-            matching = train.objective == "awm"  # noises the finished pictures anew
-            policy += f", its gradients taken {'after' if matching else 'while'} painting"
-            passes = "in passes of their own" if matching else "in the passes that paint them"
+            policy += ", its gradients taken while painting"
+            passes = "in the passes that paint them"
             if train.batch_size < sample.batch_size:
                 later = f"; after the first epoch {train.batch_size} at a time"
     else:

@@ -308,12 +308,6 @@ def _check_steps(config: ConfigDict) -> None:
             "config.train.cfg is False, but the update has to score the policy that sampled, with the same guidance: "
             "set it to True (and sample.guidance_scale to 1.0 for a run without guidance)"
         )
-    if train.objective == "awm" and not gradients_while_painting(config):
-        raise UserError(
-            "config.train.objective is 'awm', which needs the gradients of every sample: set it to 'ddpo', or "
-            "train.gradients_while_painting, use_lora and kl_in_reward to True, train.num_inner_epochs to 1 and "
-            "train.total_batch_size to sample.total_batch_size"
-        )
 
 
 def _check_foreign_keys(config: ConfigDict) -> None:
@@ -370,6 +364,12 @@ def _check_statistics_and_kl(config: ConfigDict) -> None:
         raise UserError(
             f"config.kl_timestep_fraction is {config.kl_timestep_fraction}, but config.kl_in_reward is False, and a KL "
             f"in the loss is one of every trained step: set kl_timestep_fraction to 1.0, or kl_in_reward to True"
+        )
+    kl_in_loss = config.kl_penalty and not config.kl_in_reward and config.kl_beta > 0
+    if config.train.objective == "awm" and kl_in_loss and config.kl_estimator == "log_ratio":
+        raise UserError(
+            "config.kl_estimator is 'log_ratio', but config.train.objective is 'awm', whose paths nobody scored, so "
+            "that a KL in the loss needs the closed form: set kl_estimator to 'analytic', or kl_in_reward to True"
         )
     if config.stop_kl > 0 and not (config.kl_penalty or config.log_kl):
         raise UserError(

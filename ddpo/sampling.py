@@ -11,7 +11,6 @@ from accelerate.utils import gather_object
 from ml_collections import ConfigDict
 
 from ddpo.bad_samples import is_finite
-from ddpo.matching import matching_gradients
 from ddpo.pictures import to_bytes
 from ddpo.progress import Progress
 from ddpo.steps import draw_reference_steps, draw_trained_steps
@@ -74,8 +73,7 @@ def collect_samples(
     keep_images: of how many samples, the first ones, the views and renders are kept. before_batch: called before each
     batch. The trajectories wait for the update in host memory: an epoch of them can be larger than a GPU.
     step_generator: draws, for every batch, the steps at which the base model is asked and those that are trained on;
-    None = all. backward: take gradients of config.train.objective while painting, `config.train.batch_size` at a
-    time, see `rollout` and `ddpo.matching`.
+    None = all. backward: take gradients while painting, `config.train.batch_size` at a time, see `rollout`.
     """
     whole, results, images = None, [], []
     bad_views, seconds = {}, {"sampling": 0.0, "reward": 0.0}
@@ -91,8 +89,7 @@ def collect_samples(
         start = time.perf_counter()
         if backward:
             weights = draw_trained_steps(policy.scheduler, config, step_generator)
-            if config.train.objective == "ddpo":
-                learning = {"gradient_weights": weights, "backward": backward}
+            learning = {"gradient_weights": weights, "backward": backward}
         trajectory = rollout(
             policy,
             [prompt + suffix for prompt in prompts[batch]],
@@ -105,9 +102,6 @@ def collect_samples(
             reference_steps=draw_reference_steps(config, step_generator),
             **learning,
         )
-        if backward and config.train.objective == "awm":
-            found = matching_gradients(policy, trajectory, weights, generators[batch], config, backward)
-            trajectory = replace(trajectory, gradients=found)
         progress.now("reward")
         middle = time.perf_counter()
         result = reward_fn(trajectory.views.nan_to_num(1.0, 1.0, 0.0), prompts[batch])

@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from ml_collections import ConfigDict
 
 from config.batches import trainable_steps, trained_steps
+from ddpo.matching import matching_transitions
 from ddpo.ppo import ppo_loss, timestep_weights
 from ddpo.progress import Progress
-from diffusers_patch.ddim_with_logprob import ddim_std, ddim_step_with_logprob
+from diffusers_patch.ddim_with_logprob import analytic_kl, ddim_mean_std, ddim_std, gaussian_log_prob
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 
@@ -31,8 +32,8 @@ def update(
     once per optimizer step, clipped, and applied, unless they are not finite: "step_skipped" in the statistics.
 
     trajectory: what was sampled, in host memory, from where micro-batches are moved to the GPU. advantages: (N,) on the
-    CPU. generator: of the shuffling. after_step: called after each optimizer step that was not skipped, returns more
-    statistics.
+    CPU. generator: of the shuffling and of the noise of matching. after_step: called after each optimizer step that was
+    not skipped, returns more statistics.
     """
     policy.scheduler.set_timesteps(trajectory.num_steps, device=policy.device)
     parameters = policy.trainable_parameters()
@@ -43,7 +44,8 @@ def update(
         infos = []
         for index, steps in micro_batches:
             batch, steps = trajectory.take(index).pin().to(policy.device), steps.to(policy.device)
-            for loss, info in micro_batch_losses(policy, batch, advantages[index].to(policy.device), steps, config):
+            judged = advantages[index].to(policy.device)
+            for loss, info in micro_batch_losses(policy, batch, judged, steps, config, generator):
                 accelerator.backward(loss)
                 infos.append(info)
             progress.update(len(index))
@@ -119,38 +121,50 @@ def micro_batch_losses(
     advantages: torch.Tensor,
     steps: torch.Tensor,
     config: ConfigDict,
+    generator: torch.Generator | None = None,
 ) -> Iterator[tuple[torch.Tensor, dict]]:
     """Yield (loss, info) of one micro-batch, `config.train.timesteps_per_forward` of its steps at a time.
 
     trajectory: of the b samples of the micro-batch; advantages: (b,); steps: (b, K) their steps, in the order in which
-    they are trained on; all on the policy's device.
+    they are trained on; all on the policy's device. generator: of the noise of matching.
     Each loss is the mean over samples of the sum over the steps at hand, so that those of a micro-batch add up to K
     times the mean over all. info: as of `ppo_loss`, with the mean "loss", and "steps", how many it is of.
     """
-    train, K = config.train, steps.shape[1]
+    train, scheduler, eta, K = config.train, policy.scheduler, config.sample.eta, steps.shape[1]
     # mean 1 over all steps that can be drawn, not over those that were: a step weighs the same in every sample
-    std = ddim_std(policy.scheduler, trajectory.timesteps[:, : trainable_steps(config)], config.sample.eta)
+    std = ddim_std(scheduler, trajectory.timesteps[:, : trainable_steps(config)], eta)
     weights = timestep_weights(std, train.timestep_weighting).gather(1, steps)
-    kl_in_loss = config.kl_penalty and not config.kl_in_reward
+    matching, scale = train.objective == "awm", config.sample.guidance_scale if train.cfg else 1.0
+    kl_beta = config.kl_beta if config.kl_penalty and not config.kl_in_reward else 0.0
+    closed_form = kl_beta > 0 and config.kl_estimator == "analytic"
     for first in range(0, K, train.timesteps_per_forward):
         part = slice(first, first + train.timesteps_per_forward)
-        old = trajectory.transitions(steps[:, part])
-        count = steps[:, part].shape[1]
-        output = policy.predict(old.latents, old.timesteps, old.conditioning, config.sample.guidance_scale)
-        _, log_prob = ddim_step_with_logprob(
-            policy.scheduler, output, old.timesteps, old.latents, config.sample.eta, prev_sample=old.next_latents
-        )
+        chosen, weight = steps[:, part], weights[:, part].flatten()
+        if matching:
+            old = matching_transitions(scheduler, trajectory, chosen, eta, generator)
+        else:
+            old = trajectory.transitions(chosen)
+        given = old.latents, old.timesteps, old.conditioning, scale
+        mean, std = ddim_mean_std(scheduler, policy.predict(*given), old.timesteps, old.latents, eta)
+        log_prob = gaussian_log_prob(old.next_latents, mean, std)
         loss, info = ppo_loss(
             log_prob,
-            old.log_probs,
-            advantages.repeat_interleave(count),
+            log_prob.detach() if matching else old.log_probs,
+            advantages.repeat_interleave(chosen.shape[1]),
             train.clip_range,
             train.adv_clip_max,
             log_prob_reference=old.log_probs_reference,
-            kl_beta=config.kl_beta if kl_in_loss else 0.0,
-            weight=weights[:, part].flatten(),
+            kl_beta=0.0 if closed_form else kl_beta,
+            weight=weight,
         )
-        yield loss * count, {**info, "loss": loss.detach(), "steps": count}
+        if closed_form:
+            with torch.no_grad():
+                output = policy.predict(*given, reference=True)
+                mean_reference, _ = ddim_mean_std(scheduler, output, old.timesteps, old.latents, eta)
+            kl = analytic_kl(mean, mean_reference, std)
+            loss = loss + kl_beta * (weight * kl).mean()
+            info |= {"kl": kl.detach().mean(), "kl_asked": torch.ones_like(loss.detach())}
+        yield loss * chosen.shape[1], {**info, "loss": loss.detach(), "steps": chosen.shape[1]}
 
 
 def average_gradients(parameters: list[torch.nn.Parameter], accelerator: Accelerator, count: int) -> None:

@@ -42,7 +42,9 @@ _GOLDEN_UPDATE = "test_update.py::test_golden_update"
 _DENSITY = "test_ddim_with_logprob.py::test_log_prob_is_the_mean_of_the_normal_density"
 _UNBIASED = "test_steps.py::test_sums_over_drawn_steps_keep_their_expectation"
 _STEPS = "test_steps.py::test_steps_of_a_run"
-_FORETOLD = "test_matching.py::test_the_log_probability_is_the_error_of_the_foretold_picture"
+_KNOWN = "test_matching.py::test_the_step_is_that_of_a_model_which_knows_the_picture"
+_MATCHED = "test_matching.py::test_the_loss_is_how_wrongly_the_picture_is_foretold"
+_CLOSED = "test_update.py::test_a_kl_in_the_loss_in_closed_form_has_the_gradient_of_the_kl"
 _HELD = "test_area.py::test_what_has_grown_is_penalised"
 _LARGER = "test_area.py::test_advantages_that_pay_for_area_alone_pay_for_nothing"
 _CHANGE = "test_report.py::test_a_change_is_a_paired_comparison"
@@ -261,23 +263,33 @@ MUTANTS = [
             "weights",
             _WHERE_ASKED,
         ),
-        ("kl_beta ignored", "kl_beta=config.kl_beta if kl_in_loss", "kl_beta=0.001 if kl_in_loss", _BETA),
+        ("kl_beta ignored", "kl_beta = config.kl_beta if", "kl_beta = 0.001 if", _BETA),
         (
             "kl_penalty ignored in the loss",
-            "kl_in_loss = config.kl_penalty and not config.kl_in_reward",
-            "kl_in_loss = not config.kl_in_reward",
+            "if config.kl_penalty and not config.kl_in_reward",
+            "if not config.kl_in_reward",
             _BETA,
         ),
         (
             "kl_in_reward ignored in the loss",
-            "kl_in_loss = config.kl_penalty and not config.kl_in_reward",
-            "kl_in_loss = config.kl_penalty",
+            "if config.kl_penalty and not config.kl_in_reward",
+            "if config.kl_penalty",
             _BETA,
+        ),
+        ("a KL in closed form without weights", "(weight * kl).mean()", "kl.mean()", _CLOSED),
+        ("a KL in closed form that drives away", "loss + kl_beta * (weight", "loss - kl_beta * (weight", _CLOSED),
+        ("a KL of the policy to itself", "predict(*given, reference=True)", "predict(*given)", _CLOSED),
+        ("paths scored as if they had been matched", "        if matching:\n", "        if True:\n", _ETA),
+        (
+            "matching with guidance whatever config.train.cfg says",
+            "config.sample.guidance_scale if train.cfg else 1.0",
+            "config.sample.guidance_scale",
+            _MATCHED,
         ),
         (
             "sample.eta ignored in the update",
-            "old.latents, config.sample.eta, prev_sample",
-            "old.latents, 1.0, prev_sample",
+            "scheduler, eta, K = config.train, policy.scheduler, config.sample.eta,",
+            "scheduler, eta, K = config.train, policy.scheduler, 1.0,",
             _ETA,
         ),
         (
@@ -924,25 +936,19 @@ MUTANTS = [
         "config/batches.py",
         (
             "gradients while painting for several updates",
-            "config.train.gradients_while_painting and updates_per_epoch(config) == 1 and",
-            "config.train.gradients_while_painting and",
+            "painted and updates_per_epoch(config) == 1 and",
+            "painted and",
             "test_run.py::test_gradients_are_taken_while_painting_only_where_an_epoch_has_one_update",
         ),
     ),
     *_in(
         "ddpo/matching.py",
-        ("pictures made harder to foretell", "return -analytic_kl(", "return analytic_kl(", _FORETOLD),
+        ("the initial latents for the picture", "latents[:, -1]", "latents[:, 0]", _KNOWN),
         (
-            "matching with guidance whatever config.train.cfg says",
-            "scale if config.train.cfg else 1.0",
-            "scale",
-            "test_matching.py::test_gradients_of_every_sample_are_autograd_s",
-        ),
-        (
-            "the initial latents for the picture",
-            "trajectory.latents[:, -1]",
-            "trajectory.latents[:, 0]",
-            "test_matching.py::test_gradients_of_every_sample_are_autograd_s",
+            "the step of a model that knew the noise alone",
+            "matching_output(scheduler, picture,",
+            "(lambda *a: a[2])(scheduler, picture,",
+            _KNOWN,
         ),
     ),
     *_in(
@@ -951,7 +957,7 @@ MUTANTS = [
             "velocity of the wrong sign",
             "return a_t.sqrt() * noise - (1 - a_t).sqrt() * clean",
             "return (1 - a_t).sqrt() * clean - a_t.sqrt() * noise",
-            "test_matching.py::test_whoever_knew_the_picture_would_foretell_it",
+            _KNOWN,
         ),
     ),
     *_in(
@@ -1088,8 +1094,8 @@ MUTANTS = [
         "config/batches.py",
         (
             "gradients of matching said to be taken while painting",
-            'matching = train.objective == "awm"',
-            "matching = False",
+            ' and train.objective == "ddpo"',
+            "",
             "test_config.py::test_batch_table_tells_when_gradients_are_taken",
         ),
     ),

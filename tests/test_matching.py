@@ -8,12 +8,11 @@ from diffusers import DDIMScheduler
 from config import base
 from config.errors import UserError
 from config.validate import validate
-from ddpo.matching import matching_gradients, matching_log_prob
+from ddpo.matching import matching_transitions
 from ddpo.setup import make_optimizer
-from ddpo.steps import draw_trained_steps
-from ddpo.update import update_from_gradients
-from diffusers_patch.ddim_with_logprob import _predict_x0_and_noise, ddim_std, matching_output
-from diffusers_patch.rollout import draw_noise, rollout
+from ddpo.update import micro_batch_losses, update
+from diffusers_patch.ddim_with_logprob import ddim_mean_std, ddim_std, gaussian_log_prob
+from diffusers_patch.rollout import rollout
 from tests import children
 from tests.test_training import metrics
 from tests.tiny_models import FEW_FILES, GOLDEN_CONFIG, golden_policy, make_world, settings
@@ -43,6 +42,14 @@ def generators():
     return [torch.Generator().manual_seed(i) for i in range(len(PROMPTS))]
 
 
+def noise_generator():
+    return torch.Generator().manual_seed(1)
+
+
+def flat(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
 def configuration(**train):
     config = base.get_config()
     config.sample.num_steps, config.sample.guidance_scale, config.train.objective = STEPS, 3.0, "awm"
@@ -58,93 +65,81 @@ def use_scheduler(policy, kind, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction"])
-def test_whoever_knew_the_picture_would_foretell_it(policy, kind, monkeypatch):
+def test_the_step_is_that_of_a_model_which_knows_the_picture(policy, trajectory, kind, monkeypatch):
     scheduler = use_scheduler(policy, kind, monkeypatch)
-    picture, noise = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    t = torch.tensor([751, 251])
-    known = matching_output(scheduler, picture, noise, t)
-    x_t, a_t = scheduler.add_noise(picture, noise, t), scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
-    for found, wanted in zip(_predict_x0_and_noise(kind, known, x_t, a_t), (picture, noise), strict=True):
-        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=2e-5)
-    monkeypatch.setattr(policy, "predict", lambda *_: known)
-    assert (matching_log_prob(policy, picture, t, noise, {}, 1.0, 1.0) == 0).all()
-
-
-def test_the_log_probability_is_the_error_of_the_foretold_picture(policy, monkeypatch):
-    """A picture foretold wrongly by delta moves the mean of the DDIM step by a known share of delta."""
-    scheduler, delta = use_scheduler(policy, "sample", monkeypatch), 0.3
-    picture, noise = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).unbind()
-    t = torch.tensor([751])
-    monkeypatch.setattr(policy, "predict", lambda *_: picture + delta)
-    found = matching_log_prob(policy, picture, t, noise, {}, 1.0, 1.0)
-    a_t, a_prev, std = scheduler.alphas_cumprod[751], scheduler.alphas_cumprod[501], ddim_std(scheduler, t, 1.0)
-    share = a_prev.sqrt() - (1 - a_prev - std**2).sqrt() * (a_t / (1 - a_t)).sqrt()
-    torch.testing.assert_close(found, -((share * delta) ** 2) / (2 * std**2), rtol=1e-4, atol=0)
+    steps = torch.tensor([[0, 2], [1, 1]])
+    found = matching_transitions(scheduler, trajectory.take(torch.tensor([0, 1])), steps, 1.0, noise_generator())
+    old = trajectory.take(torch.tensor([0, 1])).transitions(steps)
+    assert torch.equal(found.timesteps, old.timesteps)
+    assert all(torch.equal(found.conditioning[name], value) for name, value in old.conditioning.items())
+    noise = torch.randn(found.latents.shape, generator=noise_generator())
+    picture = trajectory.latents[[0, 0, 1, 1], -1]
+    a_t, a_prev = (scheduler.alphas_cumprod[found.timesteps - t].view(-1, 1, 1, 1) for t in (0, 1000 // STEPS))
+    std = ddim_std(scheduler, found.timesteps, 1.0).view(-1, 1, 1, 1)
+    torch.testing.assert_close(found.latents, a_t.sqrt() * picture + (1 - a_t).sqrt() * noise)
+    wanted = a_prev.sqrt() * picture + (1 - a_prev - std**2).sqrt() * noise
+    torch.testing.assert_close(found.next_latents, wanted, atol=5e-5, rtol=5e-5)
 
 
 @pytest.mark.parametrize("cfg", [True, False])
-def test_gradients_of_every_sample_are_autograd_s(policy, trajectory, cfg):
-    config = configuration(cfg=cfg, timestep_weighting="noise", skip_last_steps=1)
-    weights = draw_trained_steps(policy.scheduler, config)
-    found = matching_gradients(policy, trajectory, weights, generators(), config, torch.Tensor.backward)
-    picture = trajectory.latents[:, -1]
-    noises = draw_noise(STEPS - 1, picture, generators())
+def test_the_loss_is_how_wrongly_the_picture_is_foretold(policy, trajectory, cfg):
+    """For each sample and step, times the advantage; with the guidance of the sampling, or none."""
+    config = configuration(cfg=cfg, timesteps_per_forward=2)
+    advantages, steps = torch.tensor([1.5, -0.5]), torch.tensor([[2, 0, 1], [1, 0, 2]])
+    trajectory = trajectory.take(torch.tensor([0, 1]))
     parameters = policy.trainable_parameters()
-    for n in range(len(PROMPTS)):
-        log_probs = [
-            weights[k]
-            * matching_log_prob(
-                policy,
-                picture[n : n + 1],
-                policy.scheduler.timesteps[k : k + 1],
-                noises[k, n : n + 1],
-                {name: value[n : n + 1] for name, value in trajectory.conditioning.items()},
-                1.0,
-                3.0 if cfg else 1.0,
-            )
-            for k in range(STEPS - 1)
-        ]
-        wanted = torch.cat([g.flatten() for g in torch.autograd.grad(torch.cat(log_probs).sum(), parameters)])
-        assert wanted.norm() > 0
-        assert (found[n] - wanted).norm() < 1e-4 * wanted.norm()
+    losses = micro_batch_losses(policy, trajectory, advantages, steps, config, noise_generator())
+    found = flat(torch.autograd.grad(sum(loss for loss, _ in losses), parameters))
+    generator, total = noise_generator(), 0
+    for part in (steps[:, :2], steps[:, 2:]):
+        old = matching_transitions(policy.scheduler, trajectory, part, 1.0, generator)
+        output = policy.predict(old.latents, old.timesteps, old.conditioning, 3.0 if cfg else 1.0)
+        mean, std = ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, 1.0)
+        error = ((old.next_latents - mean) ** 2 / (2 * std**2)).flatten(1).mean(1)
+        total = total + (advantages.repeat_interleave(part.shape[1]) * error).sum() / 2
+    wanted = flat(torch.autograd.grad(total, parameters))
+    assert wanted.norm() > 0 and (found - wanted).norm() < 1e-4 * wanted.norm()
 
 
-def test_learning_from_a_picture_makes_it_easier_to_foretell(policy, trajectory):
-    """One step with a positive advantage for one sample: its log p_t rises, and falls with a negative one."""
-    config = configuration(learning_rate=1e-3)
-    weights, noise = draw_trained_steps(policy.scheduler, config), torch.Generator()
-    picture, state = trajectory.latents[:1, -1], {k: v.clone() for k, v in policy.trainable_state().items()}
-    gradients = matching_gradients(policy, trajectory, weights, generators(), config, torch.Tensor.backward)
+@pytest.mark.parametrize("inner", [1, 2])
+def test_learning_from_a_picture_makes_it_easier_to_foretell(policy, trajectory, inner):
+    """With a positive advantage of one sample its log p_t rises, and falls with a negative one."""
+    config = configuration(learning_rate=1e-3, batch_size=len(PROMPTS), num_inner_epochs=inner)
+    config.train.gradient_accumulation_steps = 1
+    state, accelerator = {k: v.clone() for k, v in policy.trainable_state().items()}, Accelerator(cpu=True)
 
+    @torch.no_grad()
     def log_prob():
-        noise.manual_seed(1)
-        eps = torch.randn(picture.shape, generator=noise)
-        conditioning = {name: value[:1] for name, value in trajectory.conditioning.items()}
-        with torch.no_grad():
-            return float(matching_log_prob(policy, picture, torch.tensor([501]), eps, conditioning, 1.0, 3.0))
+        old = matching_transitions(
+            policy.scheduler, trajectory.take(torch.tensor([0])), torch.tensor([[1]]), 1.0, noise_generator()
+        )
+        output = policy.predict(old.latents, old.timesteps, old.conditioning, 3.0)
+        mean, std = ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, 1.0)
+        return float(gaussian_log_prob(old.next_latents, mean, std))
 
-    before, accelerator = log_prob(), Accelerator(cpu=True)
+    before = log_prob()
     for sign in (1, -1):
-        optimizer = make_optimizer(policy, config)
+        optimizer = accelerator.prepare(make_optimizer(policy, config))
         advantages = sign * torch.eye(len(PROMPTS))[0]
-        update_from_gradients(policy, accelerator.prepare(optimizer), accelerator, gradients, advantages, config)
+        update(policy, optimizer, accelerator, trajectory, advantages, config, noise_generator())
         assert sign * (log_prob() - before) > 0
         policy.load_trainable_state(state)
 
 
-def test_it_is_refused_without_the_gradients_of_every_sample(tmp_path):
-    world = make_world(tmp_path)
-    for change in ({"train.gradients_while_painting": False}, {"train.total_batch_size": 4}, {"use_lora": False}):
-        config = base.get_config()
-        with config.unlocked():
-            config.update_from_flattened_dict(settings(world, tmp_path) | {"train.objective": "awm"} | change)
-        with pytest.raises(UserError, match=r"config\.train\.objective is .*gradients of every sample"):
-            validate(config, 1, "cpu")
+def test_a_kl_in_the_loss_needs_the_closed_form(tmp_path):
+    config = base.get_config()
+    changes = {"train.objective": "awm", "kl_in_reward": False}
+    with config.unlocked():
+        config.update_from_flattened_dict(settings(make_world(tmp_path), tmp_path) | changes)
+    with pytest.raises(UserError, match=r"config\.kl_estimator is 'log_ratio'.* set kl_estimator to 'analytic'"):
+        validate(config, 1, "cpu")
 
 
 def test_a_run(tmp_path):
     """The real script, with renders of another size than the views."""
     values = settings(make_world(tmp_path), tmp_path, train__objective="awm", **FEW_FILES)
-    assert children.run(children.train, values | {"train.cfg": False, "recon.render_size": 48}) == 0
+    values |= {"train.cfg": False, "recon.render_size": 48, "kl_in_reward": False, "kl_estimator": "analytic"}
+    assert children.run(children.train, values) == 0
     updates = metrics(tmp_path / "run", "update")
     assert len(updates) == 2 and all(line["grad_norm"] > 0 for line in updates)
+    assert updates[0]["kl"] == 0 and updates[1]["kl"] > 0

@@ -7,14 +7,16 @@ import torch
 
 from config import base
 from config.errors import UserError
+from ddpo.matching import matching_transitions
 from ddpo.steps import draw_trained_steps
+from diffusers_patch.ddim_with_logprob import ddim_mean_std, gaussian_log_prob
 from diffusers_patch.rollout import rollout
 from tests import children
-from tests.test_matching import PROMPTS, STEPS, configuration, generators
+from tests.test_matching import PROMPTS, STEPS, configuration, flat, generators
 from tests.test_matching import policy as policy  # a fixture
 from tests.tiny_models import flags, make_world, settings
 from tools import measure_signal
-from tools.measure_signal import correlation, path_gradients, signal, table, update_step, within
+from tools.measure_signal import correlation, sample_gradients, signal, table, update_step, within
 
 
 def planted(strength, grown=0.0, captions=20, samples=16, size=40):
@@ -65,8 +67,25 @@ def test_gradients_of_paths_are_those_taken_while_painting(policy):
     config = configuration(objective="ddpo", timestep_weighting="noise", skip_last_steps=1)
     weights = draw_trained_steps(policy.scheduler, config)
     trajectory = rollout(policy, PROMPTS, STEPS, 3.0, 1.0, generators(), gradient_weights=weights)
-    found = path_gradients(policy, trajectory, weights, config)
+    found = sample_gradients(policy, trajectory, weights, 1.0, 3.0)
     assert (found - trajectory.gradients).norm() < 1e-4 * found.norm()
+
+
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_gradients_of_matching_are_autograd_s(policy, scale):
+    weights = draw_trained_steps(policy.scheduler, configuration(skip_last_steps=1))
+    trajectory = rollout(policy, PROMPTS, STEPS, 3.0, 1.0, generators())
+    found = sample_gradients(policy, trajectory, weights, 1.0, scale, generators())
+    drawn, log_probs = generators(), 0
+    for k in range(STEPS - 1):
+        steps = torch.full((len(PROMPTS), 1), k)
+        old = matching_transitions(policy.scheduler, trajectory, steps, 1.0, drawn)
+        output = policy.predict(old.latents, old.timesteps, old.conditioning, scale)
+        mean, std = ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, 1.0)
+        log_probs = log_probs + weights[k] * gaussian_log_prob(old.next_latents, mean, std)
+    for log_prob, gradient in zip(log_probs, found, strict=True):
+        wanted = flat(torch.autograd.grad(log_prob, policy.trainable_parameters(), retain_graph=True))
+        assert wanted.norm() > 0 and (gradient - wanted).norm() < 1e-4 * wanted.norm()
 
 
 def test_gradients_do_not_underflow_in_half_precision(policy, monkeypatch):
@@ -74,7 +93,7 @@ def test_gradients_do_not_underflow_in_half_precision(policy, monkeypatch):
     config = configuration(objective="ddpo", skip_last_steps=1)
     weights = draw_trained_steps(policy.scheduler, config)
     trajectory = rollout(policy, PROMPTS, STEPS, 3.0, 1.0, generators())
-    wanted = path_gradients(policy, trajectory, weights, config)
+    wanted = sample_gradients(policy, trajectory, weights, 1.0, 3.0)
     seen = []
 
     def backward(loss):
@@ -82,9 +101,9 @@ def test_gradients_do_not_underflow_in_half_precision(policy, monkeypatch):
         torch.autograd.backward(loss)
 
     monkeypatch.setattr(torch.Tensor, "backward", backward)
-    found = path_gradients(policy, trajectory, weights, config)
+    found = sample_gradients(policy, trajectory, weights, 1.0, 3.0)
     monkeypatch.setattr(measure_signal, "SCALE", 1.0)
-    path_gradients(policy, trajectory, weights, config)
+    sample_gradients(policy, trajectory, weights, 1.0, 3.0)
     steps = len(seen) // 2
     assert seen[:steps] == pytest.approx([65536 * loss for loss in seen[steps:]]) and torch.equal(found, wanted)
 

@@ -9,15 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
+from torch.distributions import Normal, kl_divergence
 
 import ddpo.calibration
 import ddpo.update
 from config import base
 from ddpo.calibration import StepCalibration, check_clip_range, kl_between, ratio_deviation, trajectory_means
+from ddpo.ppo import timestep_weights
 from ddpo.setup import make_optimizer
 from ddpo.steps import draw_trained_steps
 from ddpo.update import micro_batch_losses, shuffled_micro_batches, update, update_from_gradients
-from diffusers_patch.ddim_with_logprob import ddim_std
+from diffusers_patch.ddim_with_logprob import ddim_mean_std, ddim_std
 from diffusers_patch.rollout import Trajectory, rollout
 from tests.test_mvdream import golden_policy as golden_mvdream
 from tests.tiny_models import GOLDEN, GOLDEN_CONFIG, golden_policy, move_by_an_ulp
@@ -207,6 +209,44 @@ def test_timesteps_that_share_a_forward_pass_give_the_same_gradient():
         # batches of another size round otherwise: 2.5e-6 and 2.2e-7 were measured on five kinds of CPU code
         assert (gradient - alone).abs().max() <= 2e-5 * alone.abs().max()
         assert loss == pytest.approx(loss_alone, abs=2e-6)
+
+
+def test_a_kl_in_the_loss_in_closed_form_has_the_gradient_of_the_kl():
+    """And so it pulls back to the base model even on-policy, where the log ratio has no gradient in expectation."""
+    config, policy, accelerator = golden_config(CASES["C"]), lora_policy("C/lora_init"), Accelerator(cpu=True)
+    config.kl_penalty, config.kl_in_reward, config.kl_estimator, config.kl_beta = True, False, "analytic", 0.7
+    config.train.batch_size, config.train.timestep_weighting = 8, "noise"
+    trajectory, steps = golden_trajectory(), torch.arange(5).expand(8, 5)
+    found, _, infos = gradient_of(policy, trajectory, torch.zeros(8), torch.arange(8), steps, config)
+    policy.scheduler.set_timesteps(trajectory.num_steps)
+    weights = timestep_weights(ddim_std(policy.scheduler, trajectory.timesteps, config.sample.eta), "noise")
+    total, kls = 0, []
+    for k in range(5):
+        given = trajectory.latents[:, k], trajectory.timesteps[:, k], trajectory.conditioning
+        one, base_model = (
+            ddim_mean_std(
+                policy.scheduler,
+                policy.predict(*given, config.sample.guidance_scale, reference=reference),
+                given[1],
+                given[0],
+                config.sample.eta,
+            )
+            for reference in (False, True)
+        )
+        kl = kl_divergence(Normal(*one), Normal(base_model[0].detach(), one[1])).flatten(1).mean(1)
+        total = total + 0.7 * (weights[:, k] * kl).mean() / 5
+        kls.append(float(kl.detach().mean()))
+    wanted = flat(torch.autograd.grad(total, policy.trainable_parameters()))
+    assert wanted.norm() > 0 and (found - wanted).norm() < 1e-4 * wanted.norm()
+    assert [float(info["kl"]) for info in infos] == pytest.approx(kls, rel=1e-4)
+
+    config.train.gradient_accumulation_steps = 1
+    optimizer = accelerator.prepare(torch.optim.SGD(policy.trainable_parameters(), 1e-3 / float(wanted.norm())))
+    shuffling = torch.Generator().manual_seed(0)
+    logs = [
+        update(policy, optimizer, accelerator, trajectory, torch.zeros(8), config, shuffling)[0]["kl"] for _ in range(3)
+    ]
+    assert logs[0] > logs[1] > logs[2] > 0
 
 
 def test_statistics_are_over_the_steps_at_which_the_base_model_was_asked():

@@ -37,7 +37,7 @@ from config.errors import UserError
 from config.validate import check_folder, validate
 from ddpo.area import log_area, without
 from ddpo.files import write_whole
-from ddpo.matching import matching_gradients
+from ddpo.matching import matching_transitions
 from ddpo.progress import Progress
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import set_arithmetic, start_accelerator
@@ -58,19 +58,30 @@ def backward(loss: torch.Tensor) -> None:
     (SCALE * loss).backward()
 
 
-def path_gradients(
-    policy: MultiViewPolicy, trajectory: Trajectory, weights: torch.Tensor, config: ConfigDict
+def sample_gradients(
+    policy: MultiViewPolicy,
+    trajectory: Trajectory,
+    weights: torch.Tensor,
+    eta: float,
+    guidance_scale: float,
+    generators: list[torch.Generator] | None = None,
 ) -> torch.Tensor:
-    """The gradient of every sample's sum over steps of weight times log-probability: (B, P). weights: (num_steps,)."""
-    sample = config.sample
-    with policy.sample_gradients(len(trajectory), sample.guidance_scale) as gradients:
+    """The gradient of every sample's sum over steps of weight times log-probability: (B, P).
+
+    weights: (num_steps,), see `draw_trained_steps`; generators: B, of the noise of matching; None = of the path."""
+    scheduler = policy.scheduler
+    with policy.sample_gradients(len(trajectory), guidance_scale) as gradients:
         for k, weight in enumerate(weights.tolist()):
             if weight == 0:
                 continue
-            old = trajectory.transitions(torch.full((len(trajectory), 1), k))
-            output = policy.predict(old.latents, old.timesteps, old.conditioning, sample.guidance_scale)
+            step = torch.full((len(trajectory), 1), k, device=policy.device)
+            if generators:
+                old = matching_transitions(scheduler, trajectory, step, eta, generators)
+            else:
+                old = trajectory.transitions(step)
+            output = policy.predict(old.latents, old.timesteps, old.conditioning, guidance_scale)
             _, log_prob = ddim_step_with_logprob(
-                policy.scheduler, output, old.timesteps, old.latents, sample.eta, prev_sample=old.next_latents
+                scheduler, output, old.timesteps, old.latents, eta, prev_sample=old.next_latents
             )
             backward(weight * log_prob.sum())
         return gradients.flatten() / SCALE
@@ -88,8 +99,6 @@ def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: tor
     policy.scheduler.set_timesteps(sample.num_steps, device=device)
     learned, every = draw_trained_steps(policy.scheduler, config), torch.zeros(sample.num_steps)
     every[: trainable_steps(config)] = 1
-    guided, alone = (ConfigDict(config.to_dict()) for _ in range(2))
-    guided.train.cfg, alone.train.cfg = True, False
     work = [(c, s) for s in range(samples) for c in range(len(captions))]
     parts = [work[first : first + config.train.batch_size] for first in range(0, len(work), config.train.batch_size)]
     for part in Progress("painting", len(parts), "batches").over(parts):
@@ -98,16 +107,17 @@ def paint(config: ConfigDict, captions: Sequence[str], samples: int, device: tor
         texts = [prompt + sample.prompt_suffix for prompt in prompts]
         steps = sample.num_steps, sample.guidance_scale, sample.eta
         trajectory = rollout(policy, texts, *steps, generators, gradient_weights=learned, backward=backward)
+        of = policy, trajectory, learned, sample.eta
         result = getattr(reward_fn, "judged", reward_fn)(trajectory.views, prompts)
         columns = {
             "caption": torch.tensor([c for c, _ in part]),
             "reward": result.reward,
             "foreground": result.foreground,
             **{name: -value for name, value in result.judges.items()},
-            "path": path_gradients(policy, trajectory, every, config),
+            "path": sample_gradients(policy, trajectory, every, sample.eta, sample.guidance_scale),
             "ddpo": trajectory.gradients / SCALE,
-            "awm guided": matching_gradients(policy, trajectory, learned, generators, guided, backward) / SCALE,
-            "awm": matching_gradients(policy, trajectory, learned, generators, alone, backward) / SCALE,
+            "awm guided": sample_gradients(*of, sample.guidance_scale, generators),
+            "awm": sample_gradients(*of, 1.0, generators),
         }
         for name, value in columns.items():
             found.setdefault(name, []).append(value.detach().cpu())
