@@ -103,6 +103,20 @@ def test_the_direction_raises_the_reward_and_can_hold_the_area(world, tmp_path, 
         assert alike(area) < -0.1
 
 
+def test_the_direction_is_a_mean_over_updates(world, tmp_path, monkeypatch):
+    """Of the gradients, but what stops growth acts at once."""
+    run = ExactGradient(configuration(world, tmp_path, "mvdream", train__hold_foreground=True), 1000)
+    trajectory = run.paint(run.reward_fn, PROMPTS[:2], 0).trajectory
+    one, other, area = torch.eye(sum(p.numel() for p in run.parameters))[:3]
+    monkeypatch.setattr(run, "gradients", lambda chains: len(chains) * torch.stack([one, area]))
+    torch.testing.assert_close(run.direction(trajectory), one)
+    monkeypatch.setattr(run, "gradients", lambda chains: len(chains) * torch.stack([other, area]))
+    run.area_control.growth = [0.02, 0.02]
+    wanted = 0.9 * one + 0.1 * other
+    expected = wanted - run.area_control.penalty() * wanted.norm() * area
+    torch.testing.assert_close(run.direction(trajectory), expected)
+
+
 def test_an_update_climbs(world, tmp_path, monkeypatch):
     """And not in the first epoch."""
     run = ExactGradient(configuration(world, tmp_path, "mvdream", train__learning_rate=1e-4), 1000)

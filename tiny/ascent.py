@@ -33,6 +33,8 @@ from diffusers_patch.rollout import Trajectory
 from mrc.rewards import load_reward
 from prompts.dataset import PromptDataset
 
+MOMENTUM = 0.9  # weight of the updates before in the mean of the gradients
+
 
 class Ascent(ABC):
     """A run with one update in each of the config.num_epochs epochs but the first, along `direction`."""
@@ -53,6 +55,7 @@ class Ascent(ABC):
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.calibration = StepCalibration(self.policy, self.optimizer, accelerator, config)
         self.area_control = AreaControl() if config.train.hold_foreground else None
+        self.means = None  # of the gradients, over updates
         self.log = RunLog(opened.folder, accelerator, config)
         self.log.start(0, False, opened)
 
@@ -63,11 +66,16 @@ class Ascent(ABC):
         chains: some of the epoch's samples, on the painter's device."""
 
     def direction(self, trajectory: Trajectory) -> torch.Tensor:
-        """The gradient (P,) of what is to grow, mean over samples; where area is held, without what of it changes the
-        area, and against what this has grown."""
+        """The gradient (P,) of what is to grow, mean over samples and over the last updates; where area is held,
+        without what of it changes the area, and against what this has grown.
+
+        Updates are averaged here and not by Adam, whose momentum would delay what stops the growth: objects would grow
+        and shrink in turns."""
         parts = torch.arange(len(trajectory)).split(self.config.train.batch_size)
         totals = sum(self.gradients(trajectory.take(index).to(self.policy.device)) for index in parts)
-        wanted, area = totals / len(trajectory)
+        totals = totals / len(trajectory)
+        self.means = totals if self.means is None else torch.lerp(totals, self.means, MOMENTUM)
+        wanted, area = self.means
         if self.area_control is None:
             return wanted
         scale = wanted.norm() / area.norm().clamp(min=torch.finfo(area.dtype).tiny)
