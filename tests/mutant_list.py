@@ -21,6 +21,7 @@ def _in(file: str, *edits: tuple[str, str, str, str]) -> list[Mutant]:
 _EXACT = "test_exact_gradient.py::test_gradients_are_those_of_what_is_painted"
 _WORTH = "test_critic.py::test_gradients_are_those_of_what_the_next_state_is_worth"
 _FORETELLS = "test_critic.py::test_a_critic_foretells_what_no_place_shows_alone"
+_TRUST = "test_critic.py::test_trust_is_the_slope_of_new_samples"
 _BAD = "test_critic.py::test_nothing_is_learned_from_bad_samples_and_nothing_forgotten"
 _DIRECTION = "test_exact_gradient.py::test_the_direction_raises_the_reward_and_can_hold_the_area"
 _FIRST = "test_run.py::test_the_first_epoch_learns_nothing_and_a_spent_kl_ends_the_run"
@@ -1010,10 +1011,19 @@ MUTANTS = [
         "tiny/critic.py",
         (
             "value gradients of the wrong sign",
-            "totals[n] += parameters_to_vector(",
-            "totals[n] -= parameters_to_vector(",
+            "total += parameters_to_vector(",
+            "total -= parameters_to_vector(",
             _WORTH,
         ),
+        ("a pull away from the base model", "- kl_weight * moved", "+ kl_weight * moved", _WORTH),
+        ("a KL of another unit", "moved / std**2", "moved / std", _WORTH),
+        (
+            "some objects shrink and others grow",
+            "torch.vmap(without)(better.flatten(1), larger.flatten(1)).view_as(better)",
+            "without(better.flatten(), larger.flatten()).view_as(better)",
+            "test_critic.py::test_a_reward_for_area_alone_is_none_where_area_is_held",
+        ),
+        ("a critic that is trusted blindly", "trust[k] * better", "better", _WORTH),
         (
             "value gradients that forget the noise",
             "mean.detach()[many] + std[many] * noise",
@@ -1033,6 +1043,8 @@ MUTANTS = [
             "said - truth[:BATCH].to(device)",
             _FORETELLS,
         ),
+        ("trust in a critic that is wrong", ".clamp(min=0)", "", _TRUST),
+        ("trust for the trend of the epochs", "said - said.mean(0), reward - reward.mean()", "said, reward", _TRUST),
         (
             "a critic that learns from bad samples",
             "samples.reward.cpu().isfinite()",
@@ -1062,6 +1074,12 @@ MUTANTS = [
         "tiny/ascent.py",
         ("growth that is climbed", "- self.area_control.penalty() *", "+ self.area_control.penalty() *", _DIRECTION),
         ("area that is climbed", "without(wanted, area)", "wanted", _DIRECTION),
+        (
+            "a direction of the last samples alone",
+            "torch.lerp(totals, self.means, MOMENTUM)",
+            "totals",
+            "test_exact_gradient.py::test_the_direction_is_a_mean_over_updates",
+        ),
         (
             "gradients followed downhill",
             "set_gradient(self.parameters, -self",

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
@@ -13,13 +14,11 @@ from tests import children
 from tests.test_exact_gradient import PAINTERS, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, make_mvdream, settings
-from tiny.critic import NOISES, Critic, CriticRun, critic_gradients
+from tiny.critic import NOISES, Critic, CriticRun, Trust, critic_gradients
 
 
-@pytest.mark.parametrize("painter", list(PAINTERS))
-def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, painter):
-    """Mean over the noise of the step, over the trained steps."""
-    config = configuration(world, tmp_path, painter, lora__targets="attention+conv", train__skip_last_steps=1)
+def a_critic_and_its_painter(config):
+    """A critic that says something, and a LoRA that has a gradient in all its weights."""
     policy = load_painter(config, "cpu")
     judge = Critic(policy).eval().requires_grad_(False)
     torch.manual_seed(0)
@@ -28,21 +27,51 @@ def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, pa
     weights = parameters_to_vector(policy.trainable_parameters()).detach()
     weights = weights + 0.1 * torch.randn(len(weights), generator=torch.Generator().manual_seed(0))
     vector_to_parameters(weights, policy.trainable_parameters())
+    return judge, policy
+
+
+@pytest.mark.parametrize("painter", list(PAINTERS))
+def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, painter):
+    """Mean over the noise of the step, over the trained steps."""
+    config = configuration(world, tmp_path, painter, lora__targets="attention+conv", train__skip_last_steps=1)
+    judge, policy = a_critic_and_its_painter(config)
     generators = [torch.Generator().manual_seed(i) for i in range(2)]
     steps, scale = config.sample.num_steps, config.sample.guidance_scale
     chains = rollout(policy, PROMPTS[:2], steps, scale, 1.0, generators)
-    found = critic_gradients(judge, policy, chains, config, torch.Generator().manual_seed(3))
+    trust = torch.rand(steps - 1)
+    found = critic_gradients(judge, trust, 0.3, policy, chains, config, torch.Generator().manual_seed(3))
 
-    total, noise = 0, torch.Generator().manual_seed(3)
+    total, noise = torch.zeros(2), torch.Generator().manual_seed(3)
     for k in range(steps - 1):
         x, t = chains.latents[:, k], chains.timesteps[:, k]
-        mean, std = ddim_mean_std(policy.scheduler, policy.predict(x, t, chains.conditioning, scale), t, x, 1.0)
+        one, base = (policy.predict(x, t, chains.conditioning, scale, reference=base) for base in (False, True))
+        mean, std = ddim_mean_std(policy.scheduler, one, t, x, 1.0)
+        normal, usual = Normal(mean, std), Normal(ddim_mean_std(policy.scheduler, base, t, x, 1.0)[0].detach(), std)
         for _ in range(NOISES):
             reached = mean + std * torch.randn(x.shape, generator=noise)
-            total = total + judge(reached, chains.timesteps[:, k + 1], chains.conditioning).sum(0) / NOISES
+            said = judge(reached, chains.timesteps[:, k + 1], chains.conditioning).sum(0) / NOISES
+            total = total + said * torch.stack([trust[k], torch.tensor(1.0)])
+        total = total - torch.stack([0.3 * kl_divergence(normal, usual).sum(), torch.tensor(0.0)])
     for n in range(2):
         wanted = parameters_to_vector(torch.autograd.grad(total[n], policy.trainable_parameters(), retain_graph=True))
         assert wanted.norm() > 0 and (found[n] - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_reward_for_area_alone_is_none_where_area_is_held(world, tmp_path, hold):
+    """Of every sample by itself."""
+    config = configuration(world, tmp_path, "mvdream", train__skip_last_steps=1, train__hold_foreground=hold)
+    judge, policy = a_critic_and_its_painter(config)
+    chains = rollout(policy, PROMPTS[:2], 3, 2.5, 1.0, [torch.Generator().manual_seed(i) for i in range(2)])
+    config.sample.num_steps = 3
+
+    def one_wants_it_larger_and_the_other_smaller(*state):
+        area = judge(*state)[:, 1]
+        return torch.stack([area * torch.tensor([3.0, -1.0]).repeat(NOISES), area], 1)
+
+    arguments = torch.ones(2), 0.0, policy, chains, config, torch.Generator()
+    reward, area = critic_gradients(one_wants_it_larger_and_the_other_smaller, *arguments)
+    assert area.norm() > 0 and bool(reward.norm() > 1e-3 * area.norm()) is not hold
 
 
 def chains_to(policy, finished, num_steps):
@@ -61,7 +90,7 @@ def chains_to(policy, finished, num_steps):
 def test_a_critic_foretells_what_no_place_shows_alone(world, tmp_path, painter):
     """Whether two halves of the latents, each of either sign, have the same: of new samples, the better the later."""
     config = configuration(world, tmp_path, painter, train__skip_last_steps=0)
-    run = CriticRun(config, first_steps=100, steps=5)
+    run = CriticRun(config, first_steps=100, steps=5, kl_weight=0.0)
     generator = torch.Generator().manual_seed(0)
     found = []
     for count, steps in ((400, 100), (200, 0)):
@@ -70,13 +99,31 @@ def test_a_critic_foretells_what_no_place_shows_alone(world, tmp_path, painter):
         one, other = x.flatten(1).split(x[0].numel() // 2, 1)
         x = torch.cat([one.abs() * signs[0, :, None], other.abs() * signs[1, :, None]], 1).view_as(x)
         chains, truth = chains_to(run.policy, x, config.sample.num_steps), signs.prod(0)
-        found.append(run.foretold(chains, truth))
+        said = run.foretold(chains)
+        found.append(Trust(said.shape[1]).observe(said, truth))
         run.memory.add(chains, torch.stack([truth, -truth], 1))
         if steps:
             run.learn(0, steps)
     known = [found[1][f"foretold_{k + 1}"] for k in range(config.sample.num_steps)]
     assert max(map(abs, found[0].values())) < 1e-6  # it starts with a last layer of zeros
     assert known[-1] > 0.8 and known[0] < known[-1]
+
+
+def test_trust_is_the_slope_of_new_samples():
+    """Over all epochs, each around its own mean; none for a critic that is wrong."""
+    generator = torch.Generator().manual_seed(0)
+    trust, said, rewards = Trust(3), [], []
+    for epoch in range(4):
+        word = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+        reward = word @ torch.tensor([0.5, 1.5, -1.0], dtype=torch.float64) + epoch
+        found = trust.observe(word, reward)
+        both = torch.cat([word.T, reward[None]])
+        assert list(found.values())[:3] == pytest.approx(torch.corrcoef(both)[3, :3].tolist())
+        said.append(word - word.mean(0)), rewards.append(reward - reward.mean())
+    for k, slope in enumerate(trust().tolist()):
+        wanted = torch.linalg.lstsq(torch.cat(said)[:, k, None], torch.cat(rewards)[:, None]).solution
+        assert slope == pytest.approx(max(0.0, float(wanted)))
+    assert trust()[2] == 0 and Trust(1)() == 0
 
 
 def samples_of(run, prompts, reward, area):
@@ -91,7 +138,7 @@ OF = ["a", "a", "b", "b"], torch.arange(4)  # prompts of four samples, and which
 @pytest.fixture
 def run(world, tmp_path):
     """Of a critic that learns next to nothing."""
-    return CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1)
+    return CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1, kl_weight=0.0)
 
 
 def test_the_same_picture_is_worth_the_same_later_on(run):
@@ -124,6 +171,15 @@ def test_nothing_is_learned_from_bad_samples_and_nothing_forgotten(run):
     assert torch.equal(latents, samples.trajectory.latents[[0, 1, 3, 0, 1, 3], -1]) and truth.isfinite().all()
     for name, value in conditioning.items():
         assert torch.equal(value, samples.trajectory.conditioning[name][[0, 1, 3, 0, 1, 3]])
+
+
+def test_a_prompt_whose_first_samples_are_all_bad_is_left_out(run):
+    bad = float("nan")
+    run.update(0, samples_of(run, PROMPTS[:4], [bad, bad, -0.2, -0.4], [bad, bad, -2.0, -1.5]), OF[0])
+    (statistics,) = run.update(
+        1, samples_of(run, PROMPTS[:4], [-0.3, -0.1, -0.2, -0.4], [-2.0, -1.0, -2.0, -1.5]), OF[0]
+    )
+    assert len(run.memory.samples()[2]) == 4 and statistics["grad_norm"] > 0
 
 
 def test_the_command(world, tmp_path):

@@ -4,6 +4,7 @@
 
 --first_steps  of the critic's training, 48 states each, on the samples of the first epoch (400)
 --steps        of it in every other epoch (20)
+--kl_weight    what a nat of KL to the base model costs, in standard deviations of a prompt's rewards (0.004)
 
 The policy gradient of a reward that is known for finished pictures alone is mostly noise, since it does not say which
 of thousands of random numbers was to blame. A critic V(x_t, t, caption), trained to foretell a sample's reward from the
@@ -12,7 +13,10 @@ latents on the way to it, has a gradient in those latents, which does: each step
     d/dtheta E[V(mean_theta(x_t) + std_t noise)],   the mean of a few draws of the noise
 
 (the value gradient of Heess et al. 2015, arXiv:1510.09142; the noise-aware latent reward models of Zhang et al. 2025,
-arXiv:2502.01051, are critics of this kind). The reward itself is never differentiated and may be anything.
+arXiv:2502.01051, are critics of this kind). The reward itself is never differentiated and may be anything. Three things
+keep the painter from following a critic that knows nothing, and from paying for the reward with something else: V is
+multiplied by what it has proved to be worth (`Trust`), the KL to the base model is subtracted, and where area is held
+no state is moved towards larger or smaller objects.
 
 The critic learns from the samples of the run, so that it knows what the painter has become. In the first epoch, of
 config.per_prompt_stat_tracking.min_count samples of each training prompt, only the critic learns. How the run goes on
@@ -34,7 +38,7 @@ from torch.nn.utils import parameters_to_vector
 from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
-from ddpo.area import log_area
+from ddpo.area import log_area, without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, make_generator
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter
@@ -83,26 +87,44 @@ class Critic(nn.Module):
 
 
 def critic_gradients(
-    critic: Critic, policy: MultiViewPolicy, chains: Trajectory, config: ConfigDict, generator: torch.Generator
+    critic: Critic,
+    trust: torch.Tensor,
+    kl_weight: float,
+    policy: MultiViewPolicy,
+    chains: Trajectory,
+    config: ConfigDict,
+    generator: torch.Generator,
 ) -> torch.Tensor:
     """Gradients (2, P), in the policy's trainable weights, of both things that the critic says of the states that a
-    step can lead to, mean over NOISES of them, sum over samples and trained steps.
+    step can lead to, mean over NOISES of them, sum over samples and trained steps. The first is that of
+    trust * reward - kl_weight * KL, with the KL of the step to the base model in nats; where area is held, what the
+    reward pays for the area of a sample is left out.
 
-    chains: B that this policy painted, on its device; generator: of the noise, on the CPU."""
+    trust: one number for each trained step; chains: B that this policy painted, on its device; generator: of the noise,
+    on the CPU."""
     parameters = policy.trainable_parameters()
     totals = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
     for k in range(trainable_steps(config)):
         x, t = chains.latents[:, k], chains.timesteps[:, k]
         output = policy.predict(x, t, chains.conditioning, config.sample.guidance_scale)
         mean, std = ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)
+        with torch.no_grad():
+            output = policy.predict(x, t, chains.conditioning, config.sample.guidance_scale, reference=True)
+            moved = mean - ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)[0]
         many = torch.arange(len(x), device=x.device).repeat(NOISES)
         noise = torch.randn(len(many), *x.shape[1:], generator=generator).to(x.device)
         given = {name: value[many] for name, value in chains.conditioning.items()}
         reached = (mean.detach()[many] + std[many] * noise).requires_grad_()
         said = critic(reached, time_after(chains, k)[many], given).sum(0) / NOISES
-        for n in range(2):
-            upwards = torch.autograd.grad(said[n], reached, retain_graph=True)[0].unflatten(0, (NOISES, -1)).sum(0)
-            totals[n] += parameters_to_vector(torch.autograd.grad(mean, parameters, upwards, retain_graph=True))
+        better, larger = (
+            torch.autograd.grad(said[n], reached, retain_graph=True)[0].unflatten(0, (NOISES, -1)).sum(0)
+            for n in range(2)
+        )
+        if config.train.hold_foreground:  # of every sample, or some would shrink and others grow
+            better = torch.vmap(without)(better.flatten(1), larger.flatten(1)).view_as(better)
+        better = trust[k] * better - kl_weight * moved / std**2
+        for total, upwards in zip(totals, (better, larger), strict=True):
+            total += parameters_to_vector(torch.autograd.grad(mean, parameters, upwards, retain_graph=True))
     return totals
 
 
@@ -129,6 +151,30 @@ class Memory:
         return torch.cat(latents), given, torch.cat(truth)
 
 
+class Trust:
+    """What a critic's word is worth, by what it said of samples that it had not learned from yet.
+
+    It is the slope of their rewards in what was foretold, over all epochs, for each of K steps: about 0 if nothing can
+    be foretold, as of shuffled rewards."""
+
+    def __init__(self, steps: int):
+        self.together, self.alone = torch.zeros(steps), torch.zeros(steps)
+
+    def observe(self, said: torch.Tensor, reward: torch.Tensor) -> dict[str, float]:
+        """Count an epoch's samples, (B, K) and (B,). Returns their correlations, and the slopes of all epochs."""
+        said, reward = said - said.mean(0), reward - reward.mean()
+        together, alone = reward @ said, said.square().sum(0)
+        self.together, self.alone = self.together + together, self.alone + alone
+        tiny = torch.finfo(said.dtype).tiny
+        found = together / (alone * reward.square().sum()).sqrt().clamp(min=tiny)
+        numbers = {"foretold": found, "trust": self()}
+        return {f"{name}_{k + 1}": float(v) for name, values in numbers.items() for k, v in enumerate(values)}
+
+    def __call__(self) -> torch.Tensor:
+        """(K,), none negative."""
+        return (self.together / self.alone.clamp(min=torch.finfo(self.alone.dtype).tiny)).clamp(min=0)
+
+
 def learning_rate(step: int, first_steps: int) -> float:
     """Of the critic, at a step, in units of LEARNING_RATE."""
     return min(1.0, (step + 1) / WARM_UP) * max(AFTERWARDS, 1 - (1 - AFTERWARDS) * step / first_steps)
@@ -137,9 +183,10 @@ def learning_rate(step: int, first_steps: int) -> float:
 class CriticRun(Ascent):
     """A run whose painter climbs what a critic foretells. Arguments: see the command."""
 
-    def __init__(self, config: ConfigDict, first_steps: int, steps: int):
+    def __init__(self, config: ConfigDict, first_steps: int, steps: int, kl_weight: float):
         super().__init__(config)
-        self.first_steps, self.steps, self.memory = first_steps, steps, Memory()
+        self.first_steps, self.steps, self.kl_weight = first_steps, steps, kl_weight
+        self.memory, self.trust = Memory(), Trust(trainable_steps(config))
         torch.manual_seed(config.seed)
         self.critic = Critic(load_painter(config, self.accelerator.device)).to(self.accelerator.device)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -148,13 +195,16 @@ class CriticRun(Ascent):
 
     def gradients(self, chains: Trajectory) -> torch.Tensor:
         """See `critic_gradients`."""
-        return critic_gradients(self.critic, self.policy, chains, self.config, self.noise)
+        return critic_gradients(self.critic, self.trust(), self.kl_weight, self.policy, chains, self.config, self.noise)
 
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
         """The critic learns, then the painter; arguments and result as of `Ascent.update`."""
-        good = samples.reward.cpu().isfinite().nonzero().flatten()
+        good = samples.reward.cpu().isfinite()
+        if epoch:  # a prompt that was never painted well in the first has no measure
+            good &= torch.tensor([prompt in self.usual for prompt in prompts])
+        good = good.nonzero().flatten()
         chains, truth = samples.trajectory.take(good), self.truth(epoch, samples, prompts, good)
-        known = self.foretold(chains, truth[:, 0])
+        known = self.trust.observe(self.foretold(chains), truth[:, 0]) if epoch else {}
         self.memory.add(chains, truth)
         known["critic_loss"] = self.learn(epoch, self.steps if epoch else self.first_steps)
         self.log.say("critic: " + "  ".join(f"{name} {value:.2f}" for name, value in known.items()))
@@ -180,15 +230,14 @@ class CriticRun(Ascent):
         return values / self.scale
 
     @torch.no_grad()
-    def foretold(self, trajectory: Trajectory, reward: torch.Tensor) -> dict[str, float]:
-        """Correlation of rewards (B,), not learned from yet, with what the critic says after each trained step."""
+    def foretold(self, trajectory: Trajectory) -> torch.Tensor:
+        """The rewards (B, K) that the critic foretells after each of the K trained steps."""
         said = []
         for index in torch.arange(len(trajectory)).split(self.config.sample.batch_size):
             chains = trajectory.take(index).to(self.policy.device)
             states = [(chains.latents[:, k + 1], time_after(chains, k)) for k in range(trainable_steps(self.config))]
-            said.append(torch.stack([self.critic(x, t, chains.conditioning)[:, 0].cpu() for x, t in states]))
-        found = torch.corrcoef(torch.cat([reward[None], torch.cat(said, 1)]))[0, 1:]
-        return {f"foretold_{k + 1}": float(value) for k, value in enumerate(found.nan_to_num())}
+            said.append(torch.stack([self.critic(x, t, chains.conditioning)[:, 0].cpu() for x, t in states], 1))
+        return torch.cat(said)
 
     def learn(self, epoch: int, steps: int) -> float:
         """Train the critic on what is remembered; returns the mean loss."""
@@ -221,6 +270,7 @@ class CriticRun(Ascent):
 
 def define_flags() -> None:
     flags.DEFINE_integer("first_steps", 400, "Of the critic's training, in the first epoch.", lower_bound=1)
+    flags.DEFINE_float("kl_weight", 0.004, "Price of a nat of KL to the base model.", lower_bound=0.0)
     flags.DEFINE_integer("steps", 20, "Of the critic's training, in every other epoch.", lower_bound=1)
 
 
@@ -235,7 +285,7 @@ def main(args) -> None:
         )
     if config.sample.num_steps < 2:
         raise UserError(f"config.sample.num_steps is {config.sample.num_steps}, but a critic needs 2 or more")
-    CriticRun(config, args.first_steps, args.steps).train()
+    CriticRun(config, args.first_steps, args.steps, args.kl_weight).train()
 
 
 if __name__ == "__main__":
