@@ -60,11 +60,15 @@ def reference_steps(config: ConfigDict) -> int:
     return max(1, int(trainable_steps(config) * config.kl_timestep_fraction))
 
 
+def kl_in_loss(config: ConfigDict) -> bool:
+    """Whether the loss has a KL to the base model, times config.kl_beta."""
+    return config.kl_penalty and not config.kl_in_reward
+
+
 def gradients_while_painting(config: ConfigDict) -> bool:
     """Whether an epoch's only update takes its gradients from the painting passes, once the batches are derived."""
-    kl_in_loss, train = config.kl_penalty and not config.kl_in_reward, config.train
-    painted = train.gradients_while_painting and train.objective == "ddpo"
-    return painted and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss
+    painted = config.train.gradients_while_painting and config.train.objective == "ddpo"
+    return painted and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss(config)
 
 
 def batch_table(config: ConfigDict, num_processes: int) -> str:

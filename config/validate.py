@@ -19,6 +19,7 @@ from config import base
 from config.batches import (
     derive_batches,
     gradients_while_painting,
+    kl_in_loss,
     largest_divisor,
     samples_per_process,
     trainable_steps,
@@ -360,13 +361,13 @@ def _check_statistics_and_kl(config: ConfigDict) -> None:
             "config.kl_per_prompt_stat_tracking is True but config.per_prompt_stat_tracking is off, which "
             "has the buffer sizes it needs: turn that on, or set kl_per_prompt_stat_tracking to False"
         )
-    if config.kl_penalty and not config.kl_in_reward and config.kl_timestep_fraction < 1:
+    if kl_in_loss(config) and config.kl_timestep_fraction < 1:
         raise UserError(
             f"config.kl_timestep_fraction is {config.kl_timestep_fraction}, but config.kl_in_reward is False, and a KL "
             f"in the loss is one of every trained step: set kl_timestep_fraction to 1.0, or kl_in_reward to True"
         )
-    kl_in_loss = config.kl_penalty and not config.kl_in_reward and config.kl_beta > 0
-    if config.train.objective == "awm" and kl_in_loss and config.kl_estimator == "log_ratio":
+    penalised = kl_in_loss(config) and config.kl_beta > 0
+    if config.train.objective == "awm" and penalised and config.kl_estimator == "log_ratio":
         raise UserError(
             "config.kl_estimator is 'log_ratio', but config.train.objective is 'awm', whose paths nobody scored, so "
             "that a KL in the loss needs the closed form: set kl_estimator to 'analytic', or kl_in_reward to True"

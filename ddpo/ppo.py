@@ -24,7 +24,8 @@ def ppo_loss(
         NaN in the reference = the base model was not asked; kl_beta must then be 0.
     advantages: (B,). clip_range, adv_clip_max: > 0.
     kl_beta: weight of the KL in the loss. While r = 1 (purely on-policy) this term has no expected gradient, since
-        E[grad log_prob] = 0: it restrains only over several updates per epoch. Otherwise put the KL into the reward.
+        E[grad log_prob] = 0: it restrains only over several updates per epoch. Otherwise put the KL into the reward,
+        or its closed form into the loss (`ddpo.update.micro_batch_losses`).
     weight: (B,) weights of the samples' losses, or None for 1 (see `timestep_weights`).
 
     Returns (loss, info): a scalar, and detached scalars approx_kl (0.5 mean((log_prob - log_prob_old)^2)), clipfrac

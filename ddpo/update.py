@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from config.batches import trainable_steps, trained_steps
+from config.batches import kl_in_loss, trainable_steps, trained_steps
 from ddpo.matching import matching_transitions
 from ddpo.ppo import ppo_loss, timestep_weights
 from ddpo.progress import Progress
@@ -135,7 +135,7 @@ def micro_batch_losses(
     std = ddim_std(scheduler, trajectory.timesteps[:, : trainable_steps(config)], eta)
     weights = timestep_weights(std, train.timestep_weighting).gather(1, steps)
     matching, scale = train.objective == "awm", config.sample.guidance_scale if train.cfg else 1.0
-    kl_beta = config.kl_beta if config.kl_penalty and not config.kl_in_reward else 0.0
+    kl_beta = config.kl_beta if kl_in_loss(config) else 0.0
     closed_form = kl_beta > 0 and config.kl_estimator == "analytic"
     for first in range(0, K, train.timesteps_per_forward):
         part = slice(first, first + train.timesteps_per_forward)

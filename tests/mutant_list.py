@@ -265,18 +265,6 @@ MUTANTS = [
             _WHERE_ASKED,
         ),
         ("kl_beta ignored", "kl_beta = config.kl_beta if", "kl_beta = 0.001 if", _BETA),
-        (
-            "kl_penalty ignored in the loss",
-            "if config.kl_penalty and not config.kl_in_reward",
-            "if not config.kl_in_reward",
-            _BETA,
-        ),
-        (
-            "kl_in_reward ignored in the loss",
-            "if config.kl_penalty and not config.kl_in_reward",
-            "if config.kl_penalty",
-            _BETA,
-        ),
         ("a KL in closed form without weights", "(weight * kl).mean()", "kl.mean()", _CLOSED),
         ("a KL in closed form that drives away", "loss + kl_beta * (weight", "loss - kl_beta * (weight", _CLOSED),
         ("a KL of the policy to itself", "predict(*given, reference=True)", "predict(*given)", _CLOSED),
@@ -936,6 +924,18 @@ MUTANTS = [
     *_in(
         "config/batches.py",
         (
+            "kl_penalty ignored in the loss",
+            "return config.kl_penalty and not config.kl_in_reward",
+            "return not config.kl_in_reward",
+            _BETA,
+        ),
+        (
+            "kl_in_reward ignored in the loss",
+            "return config.kl_penalty and not config.kl_in_reward",
+            "return config.kl_penalty",
+            _BETA,
+        ),
+        (
             "gradients while painting for several updates",
             "painted and updates_per_epoch(config) == 1 and",
             "painted and",
@@ -1112,7 +1112,7 @@ MUTANTS = [
         "config/batches.py",
         (
             "gradients of matching said to be taken while painting",
-            ' and train.objective == "ddpo"',
+            ' and config.train.objective == "ddpo"',
             "",
             "test_config.py::test_batch_table_tells_when_gradients_are_taken",
         ),
