@@ -62,7 +62,7 @@ def test_without_a_compiler_it_says_what_is_missing(tmp_path):
     ("run", "changes", "gradients_gib", "update", "everything", "hours"),
     [
         # 100 backward passes of 15.4, and without gradients from painting 100 more passes of 13.5
-        ("carve3d_train", ["--config.train.gradients_while_painting=False"], 58.7, 2898, 5621, "10.9"),
+        ("carve3d_train", ["--config.train.gradients_while_painting=False"], 55.2, 2898, 5621, "10.9"),
         ("carve3d_train", [], 55.3, 1543, 4267, "8.3"),
         ("fast", [], 27.7, 1543 / 5, 1815, "3.5"),
     ],
