@@ -144,6 +144,9 @@ def test_the_command(world, tmp_path):
     assert lines[0]["kind"] == lines[-1]["kind"] == "validation"
     (update,) = metrics(tmp_path / "run", "update")
     assert update["kl_of_update"] > 0 and update["grad_norm"] > 0
+    kept = sorted((tmp_path / "run").glob("lora/*/*"))  # of every validation, but for the first
+    assert [file.parent.name for file in kept] == ["epoch_0002"]
+    assert kept[0].read_bytes() == (tmp_path / "run/final" / kept[0].name).read_bytes()
 
 
 def test_what_is_not_differentiated_is_refused(world, tmp_path):

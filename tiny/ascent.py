@@ -128,3 +128,5 @@ class Ascent(ABC):
         samples = self.paint(reward_fn, prompts, 0, VALIDATION, keep_images=len(prompts))
         self.log.validation_images(epochs_done, range(len(prompts)), samples.images)
         self.log.validation(epochs_done, gather_scores(samples, self.accelerator), prompts)
+        if epochs_done:  # more is not always better
+            self.policy.save_lora(self.log.folder / "lora" / f"epoch_{epochs_done:04d}")
