@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from config.batches import trainable_steps, trained_steps
 from config.errors import UserError
 from ddpo.sampling import CLIP_RANGE, make_generator
-from diffusers_patch.ddim_with_logprob import ddim_mean_std, draw, gaussian_log_prob
+from diffusers_patch.ddim_with_logprob import draw, gaussian_log_prob
 from diffusers_patch.policy import DTYPES, MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 
@@ -106,8 +106,8 @@ def trajectory_means(
     with policy.full_precision():
         for k in range(trainable_steps(config)):
             old = batch.transitions(torch.full((len(batch), 1), k, device=policy.device))
-            output = policy.predict(old.latents, old.timesteps, old.conditioning, config.sample.guidance_scale)
-            mean, std = ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, config.sample.eta)
+            given = old.latents, old.timesteps, old.conditioning
+            mean, std = policy.mean_std(*given, config.sample.guidance_scale, config.sample.eta)
             means.append(mean)
             stds.append(std)
     return torch.stack(means, 1), torch.stack(stds, 1)
@@ -158,8 +158,7 @@ def ratio_deviation(policy: MultiViewPolicy, prompts: Sequence[str], config: Con
     def mean_std(x, t, rows):
         """Of the first b samples, computed in a batch of the samples `rows`."""
         t, given = t.expand(len(rows)), {name: value[rows] for name, value in conditioning.items()}
-        output = policy.predict(x[rows], t, given, sample.guidance_scale)
-        mean, std = ddim_mean_std(scheduler, output, t, x[rows], sample.eta)
+        mean, std = policy.mean_std(x[rows], t, given, sample.guidance_scale, sample.eta)
         return mean[: train.batch_size], std[: train.batch_size]
 
     sampled, trained = torch.arange(sample.batch_size), torch.arange(train.batch_size).repeat(together)

@@ -10,7 +10,7 @@ from config.batches import kl_in_loss, trainable_steps, trained_steps
 from ddpo.matching import matching_transitions
 from ddpo.ppo import ppo_loss, timestep_weights
 from ddpo.progress import Progress
-from diffusers_patch.ddim_with_logprob import analytic_kl, ddim_mean_std, ddim_std, gaussian_log_prob
+from diffusers_patch.ddim_with_logprob import analytic_kl, ddim_std, gaussian_log_prob
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 
@@ -144,8 +144,8 @@ def micro_batch_losses(
             old = matching_transitions(scheduler, trajectory, chosen, eta, generator)
         else:
             old = trajectory.transitions(chosen)
-        given = old.latents, old.timesteps, old.conditioning, scale
-        mean, std = ddim_mean_std(scheduler, policy.predict(*given), old.timesteps, old.latents, eta)
+        given = old.latents, old.timesteps, old.conditioning, scale, eta
+        mean, std = policy.mean_std(*given)
         log_prob = gaussian_log_prob(old.next_latents, mean, std)
         loss, info = ppo_loss(
             log_prob,
@@ -159,8 +159,7 @@ def micro_batch_losses(
         )
         if closed_form:
             with torch.no_grad():
-                output = policy.predict(*given, reference=True)
-                mean_reference, _ = ddim_mean_std(scheduler, output, old.timesteps, old.latents, eta)
+                mean_reference, _ = policy.mean_std(*given, reference=True)
             kl = analytic_kl(mean, mean_reference, std)
             loss = loss + kl_beta * (weight * kl).mean()
             info |= {"kl": kl.detach().mean(), "kl_asked": torch.ones_like(loss.detach())}

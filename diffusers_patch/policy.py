@@ -20,6 +20,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 
 from config.errors import UserError
 from diffusers_patch.checks import read_lora
+from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.sample_gradients import SampleGradients
 from recon.precision import without_tf32
 
@@ -245,6 +246,19 @@ class MultiViewPolicy:
         if self.guidance_rescale > 0:
             guided = rescale_noise_cfg(guided, conditional, self.guidance_rescale)
         return guided
+
+    def mean_std(
+        self,
+        latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditioning: dict[str, torch.Tensor],
+        guidance_scale: float,
+        eta: float,
+        reference: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The Gaussian of the next latents, see `ddim_mean_std`; arguments as of `predict`."""
+        output = self.predict(latents, timesteps, conditioning, guidance_scale, reference=reference)
+        return ddim_mean_std(self.scheduler, output, timesteps, latents, eta)
 
     @contextlib.contextmanager
     def _reference_mode(self, reference):

@@ -10,7 +10,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from diffusers_patch.ddim_with_logprob import analytic_kl, check_scheduler, ddim_mean_std, gaussian_log_prob
+from diffusers_patch.ddim_with_logprob import analytic_kl, check_scheduler, gaussian_log_prob
 from diffusers_patch.policy import MultiViewPolicy
 
 
@@ -155,9 +155,9 @@ def rollout(
         if gradient_weights is not None:
             gradients = stack.enter_context(policy.sample_gradients(len(prompts), guidance_scale))
         for t, noise, weight, ask in tqdm(steps, desc="steps", total=num_steps, leave=False, disable=not show_progress):
-            t = t.expand(len(prompts))
+            given = x, t.expand(len(prompts)), conditioning, guidance_scale, eta
             with torch.set_grad_enabled(weight != 0):
-                mean, std = ddim_mean_std(scheduler, policy.predict(x, t, conditioning, guidance_scale), t, x, eta)
+                mean, std = policy.mean_std(*given)
                 x_prev = (mean.detach() + std * noise).to(x.dtype)  # rounded before it is scored
                 log_prob = gaussian_log_prob(x_prev, mean, std)
                 if weight != 0:
@@ -168,8 +168,7 @@ def rollout(
                 log_probs_reference.append(log_prob)
                 kl.append(torch.zeros_like(log_prob))
             elif ask:
-                output = policy.predict(x, t, conditioning, guidance_scale, reference=True)
-                mean_reference, _ = ddim_mean_std(scheduler, output, t, x, eta)
+                mean_reference, _ = policy.mean_std(*given, reference=True)
                 log_probs_reference.append(gaussian_log_prob(x_prev, mean_reference, std))
                 kl.append(analytic_kl(mean, mean_reference, std))
             else:

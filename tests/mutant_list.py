@@ -267,7 +267,7 @@ MUTANTS = [
         ("kl_beta ignored", "kl_beta = config.kl_beta if", "kl_beta = 0.001 if", _BETA),
         ("a KL in closed form without weights", "(weight * kl).mean()", "kl.mean()", _CLOSED),
         ("a KL in closed form that drives away", "loss + kl_beta * (weight", "loss - kl_beta * (weight", _CLOSED),
-        ("a KL of the policy to itself", "predict(*given, reference=True)", "predict(*given)", _CLOSED),
+        ("a KL of the policy to itself", "mean_std(*given, reference=True)", "mean_std(*given)", _CLOSED),
         ("paths scored as if they had been matched", "        if matching:\n", "        if True:\n", _ETA),
         (
             "matching with guidance whatever config.train.cfg says",
@@ -391,8 +391,8 @@ MUTANTS = [
         "ddpo/calibration.py",
         (
             "sample.eta ignored in the calibration",
-            "ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, config.sample.eta)",
-            "ddim_mean_std(policy.scheduler, output, old.timesteps, old.latents, 1.0)",
+            "mean_std(*given, config.sample.guidance_scale, config.sample.eta)",
+            "mean_std(*given, config.sample.guidance_scale, 1.0)",
             _ETA,
         ),
         (
@@ -622,8 +622,8 @@ MUTANTS = [
         ),
         (
             "the policy is its own reference",
-            "conditioning, guidance_scale, reference=True)",
-            "conditioning, guidance_scale)",
+            "policy.mean_std(*given, reference=True)",
+            "policy.mean_std(*given)",
             "test_rollout.py::test_golden_run",
         ),
         (
@@ -1085,6 +1085,12 @@ MUTANTS = [
             "set_gradient(self.parameters, -self",
             "set_gradient(self.parameters, self",
             "test_exact_gradient.py::test_an_update_climbs",
+        ),
+        (
+            "weights that are not kept",
+            'self.policy.save_lora(self.log.folder / "lora"',
+            'str(self.log.folder / "lora"',
+            "test_exact_gradient.py::test_the_command",
         ),
         (
             "a first epoch that moves the painter",

@@ -40,7 +40,6 @@ from config.batches import trainable_steps
 from config.errors import UserError
 from ddpo.area import log_area, without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, make_generator
-from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
@@ -105,12 +104,11 @@ def critic_gradients(
     parameters = policy.trainable_parameters()
     totals = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
     for k in range(trainable_steps(config)):
-        x, t = chains.latents[:, k], chains.timesteps[:, k]
-        output = policy.predict(x, t, chains.conditioning, config.sample.guidance_scale)
-        mean, std = ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)
+        x = chains.latents[:, k]
+        step = x, chains.timesteps[:, k], chains.conditioning, config.sample.guidance_scale, config.sample.eta
+        mean, std = policy.mean_std(*step)
         with torch.no_grad():
-            output = policy.predict(x, t, chains.conditioning, config.sample.guidance_scale, reference=True)
-            moved = mean - ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)[0]
+            moved = mean - policy.mean_std(*step, reference=True)[0]
         many = torch.arange(len(x), device=x.device).repeat(NOISES)
         noise = torch.randn(len(many), *x.shape[1:], generator=generator).to(x.device)
         given = {name: value[many] for name, value in chains.conditioning.items()}

@@ -22,7 +22,6 @@ from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.errors import UserError
-from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 from mrc.bounding_box import BACKGROUND
@@ -60,8 +59,7 @@ def exact_gradients(
     totals = torch.zeros(2, sum(p.numel() for p in parameters), device=x.device)
     for k in reversed(range(max(0, trajectory.num_steps - steps_back), trajectory.num_steps)):
         x, t = trajectory.latents[:, k].clone().requires_grad_(), trajectory.timesteps[:, k]
-        output = policy.predict(x, t, trajectory.conditioning, config.sample.guidance_scale)
-        mean, _ = ddim_mean_std(policy.scheduler, output, t, x, config.sample.eta)
+        mean, _ = policy.mean_std(x, t, trajectory.conditioning, config.sample.guidance_scale, config.sample.eta)
         for n in range(2):  # the noise that was added to the mean is a constant
             back[n], *found = torch.autograd.grad(mean, [x, *parameters], back[n], retain_graph=True)
             totals[n] += parameters_to_vector(found)

@@ -42,7 +42,7 @@ from ddpo.progress import Progress
 from ddpo.sampling import EVALUATION, make_generator
 from ddpo.setup import set_arithmetic, start_accelerator
 from ddpo.steps import draw_trained_steps
-from diffusers_patch.ddim_with_logprob import ddim_step_with_logprob
+from diffusers_patch.ddim_with_logprob import gaussian_log_prob
 from diffusers_patch.loading import check_cameras, load_painter, make_trainable
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory, rollout
@@ -79,11 +79,8 @@ def sample_gradients(
                 old = matching_transitions(scheduler, trajectory, step, eta, generators)
             else:
                 old = trajectory.transitions(step)
-            output = policy.predict(old.latents, old.timesteps, old.conditioning, guidance_scale)
-            _, log_prob = ddim_step_with_logprob(
-                scheduler, output, old.timesteps, old.latents, eta, prev_sample=old.next_latents
-            )
-            backward(weight * log_prob.sum())
+            gaussian = policy.mean_std(old.latents, old.timesteps, old.conditioning, guidance_scale, eta)
+            backward(weight * gaussian_log_prob(old.next_latents, *gaussian).sum())
         return gradients.flatten() / SCALE
 
 
