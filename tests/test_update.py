@@ -520,7 +520,9 @@ def test_a_clip_range_below_rounding_is_refused(monkeypatch):
     config, policy = golden_config(CASES["A"]), lora_policy("lora_sampling")
     config.mixed_precision, config.sample.batch_size, config.train.batch_size = "bf16", 4, 2
     predict = policy.predict
-    monkeypatch.setattr(policy, "predict", lambda x, *args: predict(x, *args) + 1e-3 * (len(x) == 4))
+    monkeypatch.setattr(
+        policy, "predict", lambda x, *args, **kwargs: predict(x, *args, **kwargs) + 1e-3 * (len(x) == 4)
+    )
     with pytest.raises(ValueError, match=r"clip_range is 0.0001, but .*'bf16' rounding alone moves \d+ % .*set it to"):
         check_clip_range(policy, PROMPTS, config)
     deviation = ratio_deviation(policy, PROMPTS, config)
