@@ -2,7 +2,8 @@
 
     --config config/tiny.py              the painter of 2x2 grids
     --config config/tiny.py:mvdream      the small MVDream, which paints separate views
-    --config config/tiny.py:clean        the same without a planted defect
+    --config config/tiny.py:clean        the same without a planted defect, for tiny/critic.py
+    --config config/tiny.py:exact        and for tiny/exact_gradient.py
 
 Only what differs from the paper's run (config/base.py) is written here. What the small world needs beyond the paper are
 keys that also work at scale: weights by noise level, skipped last step, a step size calibrated in KL, LoRA on
@@ -83,24 +84,36 @@ def mvdream() -> ConfigDict:
 def clean() -> ConfigDict:
     """What the small MVDream does wrong by itself: two objects side by side change sides from view to view.
 
-    For the studies of what could be learned of it, tiny/critic.py and tiny/exact_gradient.py, whose directions are not
-    mostly noise: longer steps, and all training captions, so that what is painted well stays so."""
+    For tiny/critic.py, whose directions are not mostly noise: all training captions, so that what is painted well stays
+    so, and a step size that falls to nothing."""
     config = mvdream()
     config.pretrained.lora = ""
     config.prompts.num_train = 0
-    config.num_epochs = 20  # later a few objects grow into one
-    config.val_freq = 10
+    config.num_epochs = 9
+    config.val_freq = 4
+    config.train.learning_rate = 2e-3
+    config.train.adam_beta1 = 0.9
+    config.train.kl_per_update = 0.0
+    config.per_prompt_stat_tracking.min_count = 8
+    return config
+
+
+def exact() -> ConfigDict:
+    """The same for tiny/exact_gradient.py."""
+    config = clean()
+    config.num_epochs = 17
+    config.val_freq = 8
     config.sample.total_batch_size = 32
     config.train.total_batch_size = 32
     config.train.learning_rate = 2e-5
+    config.train.adam_beta1 = 0.0  # the study has its own momentum
     config.train.kl_per_update = 0.1
-    config.per_prompt_stat_tracking.min_count = 8
     return config
 
 
 def get_config(name: str = "grid") -> ConfigDict:
     """The run called `name`. Raises UserError when there is no such run."""
-    runs = {run.__name__: run for run in (grid, mvdream, clean)}
+    runs = {run.__name__: run for run in (grid, mvdream, clean, exact)}
     if name not in runs:
         raise UserError(f"config/tiny.py has no run {name!r}: write one of {', '.join(runs)}")
     return runs[name]()

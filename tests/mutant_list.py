@@ -1011,30 +1011,54 @@ MUTANTS = [
         "tiny/critic.py",
         (
             "value gradients of the wrong sign",
-            "total += parameters_to_vector(",
-            "total -= parameters_to_vector(",
+            "mean.backward((kl_weight * moved / std - trust[k] * better) / batch)",
+            "mean.backward((trust[k] * better - kl_weight * moved / std) / batch)",
             _WORTH,
         ),
-        ("a pull away from the base model", "- kl_weight * moved", "+ kl_weight * moved", _WORTH),
-        ("a KL of another unit", "moved / std**2", "moved / std", _WORTH),
+        (
+            "a pull away from the base model",
+            "kl_weight * moved / std - trust",
+            "-kl_weight * moved / std - trust",
+            _WORTH,
+        ),
+        ("a KL of another unit", "kl_weight * moved / std - trust", "kl_weight * moved - trust", _WORTH),
         (
             "some objects shrink and others grow",
             "torch.vmap(without)(better.flatten(1), larger.flatten(1)).view_as(better)",
             "without(better.flatten(), larger.flatten()).view_as(better)",
             "test_critic.py::test_a_reward_for_area_alone_is_none_where_area_is_held",
         ),
-        ("a critic that is trusted blindly", "trust[k] * better", "better", _WORTH),
         (
-            "value gradients that forget the noise",
-            "mean.detach()[many] + std[many] * noise",
-            "mean.detach()[many]",
+            "growth that is paid for",
+            "better - AREA * penalty",
+            "better + AREA * penalty",
+            "test_critic.py::test_what_has_grown_is_taken_back",
+        ),
+        ("a critic that is trusted blindly", "trust[k] * better", "better", _WORTH),
+        ("value gradients that forget the noise", "mean.detach() + std * noise", "mean.detach()", _WORTH),
+        (
+            "steps that all begin at the first state",
+            "        x = x.detach()\n",
+            "        x = step[0]\n",
             _WORTH,
         ),
         (
             "the next state judged at the time before",
-            "torch.zeros_like(trajectory.timesteps[:, 0]) if last else trajectory.timesteps[:, k + 1]",
-            "trajectory.timesteps[:, k]",
+            "torch.zeros_like(timesteps[..., 0]) if k + 1 == timesteps.shape[-1] else timesteps[..., k + 1]",
+            "timesteps[..., k]",
             _WORTH,
+        ),
+        (
+            "turned objects whose views are in disorder",
+            "views.roll(turn, 0)",
+            "views.roll(turn, -1).flip(0)",
+            "test_critic.py::test_turned_objects_keep_their_views_in_order",
+        ),
+        (
+            "a learning rate that stays",
+            "left * config.train.learning_rate",
+            "config.train.learning_rate",
+            "test_critic.py::test_the_command",
         ),
         ("a critic that compares no places", "alike.flatten(1)", "0 * alike.flatten(1)", _FORETELLS),
         (
@@ -1043,7 +1067,8 @@ MUTANTS = [
             "said - truth[:BATCH].to(device)",
             _FORETELLS,
         ),
-        ("trust in a critic that is wrong", ".clamp(min=0)", "", _TRUST),
+        ("trust in a critic that is wrong", ".clamp(0, 1)", ".clamp(max=1)", _TRUST),
+        ("more trust than a critic asks for", ".clamp(0, 1)", ".clamp(min=0)", _TRUST),
         ("trust for the trend of the epochs", "said - said.mean(0), reward - reward.mean()", "said, reward", _TRUST),
         (
             "a critic that learns from bad samples",
@@ -1072,6 +1097,15 @@ MUTANTS = [
     ),
     *_in(
         "tiny/ascent.py",
+        (
+            "weights that are not kept",
+            'self.policy.save_lora(self.log.folder / "lora"',
+            'str(self.log.folder / "lora"',
+            "test_exact_gradient.py::test_the_command",
+        ),
+    ),
+    *_in(
+        "tiny/exact_gradient.py",
         ("growth that is climbed", "- self.area_control.penalty() *", "+ self.area_control.penalty() *", _DIRECTION),
         ("area that is climbed", "without(wanted, area)", "wanted", _DIRECTION),
         (
@@ -1087,20 +1121,11 @@ MUTANTS = [
             "test_exact_gradient.py::test_an_update_climbs",
         ),
         (
-            "weights that are not kept",
-            'self.policy.save_lora(self.log.folder / "lora"',
-            'str(self.log.folder / "lora"',
-            "test_exact_gradient.py::test_the_command",
-        ),
-        (
             "a first epoch that moves the painter",
             "if epoch == 0:",
             "if False:",
             "test_exact_gradient.py::test_an_update_climbs",
         ),
-    ),
-    *_in(
-        "tiny/exact_gradient.py",
         (
             "exact gradients of one step more",
             "max(0, trajectory.num_steps - steps_back)",

@@ -55,6 +55,7 @@ def parse(*arguments):
         "config/tiny.py",
         "config/tiny.py:mvdream",
         "config/tiny.py:clean",
+        "config/tiny.py:exact",
         "config/dgx.py",
         "config/dgx.py:carve3d_train",
         "config/dgx.py:instant3d_grm",
@@ -281,7 +282,7 @@ def test_paths_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
 ###### Contradictions ######
 
 
-@pytest.mark.parametrize("run", ["grid", "mvdream", "clean"])
+@pytest.mark.parametrize("run", ["grid", "mvdream", "clean", "exact"])
 def test_tiny_is_free_of_contradictions(run):
     for processes in (1, 2, 4, 8):
         validate(tiny.get_config(run), processes, "cpu", check_files=False)

@@ -9,12 +9,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter, make_trainable
-from diffusers_patch.rollout import Trajectory, rollout
+from diffusers_patch.rollout import Trajectory
 from tests import children
 from tests.test_exact_gradient import PAINTERS, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, make_mvdream, settings
-from tiny.critic import NOISES, Critic, CriticRun, Trust, critic_gradients
+from tiny.critic import Critic, CriticRun, Trust, paint_towards_worth, turned
 
 
 def a_critic_and_its_painter(config):
@@ -30,31 +30,39 @@ def a_critic_and_its_painter(config):
     return judge, policy
 
 
+def gradients(policy, judge, config, trust, kl_weight=0.0, penalty=0.0, seed=3):
+    """What an update follows, for two samples, and the numbers that it says."""
+    for parameter in policy.trainable_parameters():
+        parameter.grad = None
+    noise = torch.Generator().manual_seed(seed)
+    conditioning = policy.encode(PROMPTS[:2])
+    numbers = paint_towards_worth(judge, trust, kl_weight, penalty, policy, conditioning, config, noise)
+    return parameters_to_vector([parameter.grad for parameter in policy.trainable_parameters()]), numbers
+
+
 @pytest.mark.parametrize("painter", list(PAINTERS))
 def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, painter):
-    """Mean over the noise of the step, over the trained steps."""
+    """Over the trained steps, at the states that the steps before led to."""
     config = configuration(world, tmp_path, painter, lora__targets="attention+conv", train__skip_last_steps=1)
     judge, policy = a_critic_and_its_painter(config)
-    generators = [torch.Generator().manual_seed(i) for i in range(2)]
     steps, scale = config.sample.num_steps, config.sample.guidance_scale
-    chains = rollout(policy, PROMPTS[:2], steps, scale, 1.0, generators)
     trust = torch.rand(steps - 1)
-    found = critic_gradients(judge, trust, 0.3, policy, chains, config, torch.Generator().manual_seed(3))
+    found, numbers = gradients(policy, judge, config, trust, kl_weight=0.3)
 
-    total, noise = torch.zeros(2), torch.Generator().manual_seed(3)
+    noise, conditioning = torch.Generator().manual_seed(3), policy.encode(PROMPTS[:2])
+    times, x, total, kl = policy.scheduler.timesteps, policy.initial_latents(2, noise), 0.0, 0.0
     for k in range(steps - 1):
-        x, t = chains.latents[:, k], chains.timesteps[:, k]
-        one, base = (policy.predict(x, t, chains.conditioning, scale, reference=base) for base in (False, True))
+        t = times[k].expand(2)
+        one, base = (policy.predict(x, t, conditioning, scale, reference=base) for base in (False, True))
         mean, std = ddim_mean_std(policy.scheduler, one, t, x, 1.0)
-        normal, usual = Normal(mean, std), Normal(ddim_mean_std(policy.scheduler, base, t, x, 1.0)[0].detach(), std)
-        for _ in range(NOISES):
-            reached = mean + std * torch.randn(x.shape, generator=noise)
-            said = judge(reached, chains.timesteps[:, k + 1], chains.conditioning).sum(0) / NOISES
-            total = total + said * torch.stack([trust[k], torch.tensor(1.0)])
-        total = total - torch.stack([0.3 * kl_divergence(normal, usual).sum(), torch.tensor(0.0)])
-    for n in range(2):
-        wanted = parameters_to_vector(torch.autograd.grad(total[n], policy.trainable_parameters(), retain_graph=True))
-        assert wanted.norm() > 0 and (found[n] - wanted).norm() < 1e-4 * wanted.norm()
+        usual = Normal(ddim_mean_std(policy.scheduler, base, t, x, 1.0)[0].detach(), std)
+        reached = mean + std * torch.randn(x.shape, generator=noise)
+        total = total + trust[k] * judge(reached, times[k + 1].expand(2), conditioning)[:, 0].mean()
+        kl = kl + kl_divergence(Normal(mean, std), usual).sum() / 2
+        x = reached.detach()
+    wanted = -parameters_to_vector(torch.autograd.grad(total - 0.3 * kl, policy.trainable_parameters()))
+    assert wanted.norm() > 0 and (found - wanted).norm() < 1e-4 * wanted.norm()
+    assert numbers == pytest.approx({"loss": float((0.3 * kl - total).detach()), "kl": float(kl.detach())}, rel=1e-4)
 
 
 @pytest.mark.parametrize("hold", [True, False])
@@ -62,16 +70,38 @@ def test_a_reward_for_area_alone_is_none_where_area_is_held(world, tmp_path, hol
     """Of every sample by itself."""
     config = configuration(world, tmp_path, "mvdream", train__skip_last_steps=1, train__hold_foreground=hold)
     judge, policy = a_critic_and_its_painter(config)
-    chains = rollout(policy, PROMPTS[:2], 3, 2.5, 1.0, [torch.Generator().manual_seed(i) for i in range(2)])
-    config.sample.num_steps = 3
 
     def one_wants_it_larger_and_the_other_smaller(*state):
         area = judge(*state)[:, 1]
-        return torch.stack([area * torch.tensor([3.0, -1.0]).repeat(NOISES), area], 1)
+        return torch.stack([area * torch.tensor([3.0, -1.0]), area], 1)
 
-    arguments = torch.ones(2), 0.0, policy, chains, config, torch.Generator()
-    reward, area = critic_gradients(one_wants_it_larger_and_the_other_smaller, *arguments)
-    assert area.norm() > 0 and bool(reward.norm() > 1e-3 * area.norm()) is not hold
+    trust = torch.ones(config.sample.num_steps - 1)
+    found, _ = gradients(policy, one_wants_it_larger_and_the_other_smaller, config, trust)
+    plain, _ = gradients(policy, judge, config, trust)
+    assert plain.norm() > 0 and bool(found.norm() > 1e-3 * plain.norm()) is not hold
+
+
+def test_what_has_grown_is_taken_back(world, tmp_path):
+    """As much of it as there is of the rest."""
+    config = configuration(world, tmp_path, "mvdream", train__skip_last_steps=2, train__hold_foreground=True)
+    judge, policy = a_critic_and_its_painter(config)
+    trust = torch.full((config.sample.num_steps - 2,), 0.7)[:1]
+    config.train.skip_last_steps = config.sample.num_steps - 1
+    plain, held = (gradients(policy, judge, config, trust, penalty=penalty)[0] for penalty in (0.0, 2.0))
+    config.train.hold_foreground = False
+    larger, _ = gradients(policy, lambda *state: judge(*state).flip(1), config, trust)
+    assert float(torch.cosine_similarity(plain - held, larger, dim=0)) > 1 - 1e-4  # descent, so this makes it smaller
+    assert (plain - held).norm() > 0.1 * plain.norm()
+
+
+def test_turned_objects_keep_their_views_in_order():
+    x = torch.arange(4.0).repeat(50, 1)[:, :, None, None, None] + 10 * torch.arange(50.0)[:, None, None, None, None]
+    found = turned(x.expand(-1, -1, 2, 3, 3), torch.Generator().manual_seed(0))[..., 0, 0, 0]
+    steps = (found.roll(-1, 1) - found) % 4
+    assert found.shape == (50, 4) and bool((steps == 1).all()) and len(found[:, 0].remainder(10).unique()) == 4
+    assert torch.equal((found / 10).floor()[:, 0], torch.arange(50.0))
+    grids = torch.rand(3, 4, 8, 8)
+    assert torch.equal(turned(grids, torch.Generator()), grids)
 
 
 def chains_to(policy, finished, num_steps):
@@ -90,7 +120,7 @@ def chains_to(policy, finished, num_steps):
 def test_a_critic_foretells_what_no_place_shows_alone(world, tmp_path, painter):
     """Whether two halves of the latents, each of either sign, have the same: of new samples, the better the later."""
     config = configuration(world, tmp_path, painter, train__skip_last_steps=0)
-    run = CriticRun(config, first_steps=100, steps=5, kl_weight=0.0)
+    run = CriticRun(config, first_steps=100, steps=5, updates=1, kl_weight=0.0)
     generator = torch.Generator().manual_seed(0)
     found = []
     for count, steps in ((400, 100), (200, 0)):
@@ -122,7 +152,7 @@ def test_trust_is_the_slope_of_new_samples():
         said.append(word - word.mean(0)), rewards.append(reward - reward.mean())
     for k, slope in enumerate(trust().tolist()):
         wanted = torch.linalg.lstsq(torch.cat(said)[:, k, None], torch.cat(rewards)[:, None]).solution
-        assert slope == pytest.approx(max(0.0, float(wanted)))
+        assert slope == pytest.approx(min(1.0, max(0.0, float(wanted))))
     assert trust()[2] == 0 and Trust(1)() == 0
 
 
@@ -138,7 +168,7 @@ OF = ["a", "a", "b", "b"], torch.arange(4)  # prompts of four samples, and which
 @pytest.fixture
 def run(world, tmp_path):
     """Of a critic that learns next to nothing."""
-    return CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1, kl_weight=0.0)
+    return CriticRun(configuration(world, tmp_path, "mvdream"), first_steps=1, steps=1, updates=1, kl_weight=0.0)
 
 
 def test_the_same_picture_is_worth_the_same_later_on(run):
@@ -189,16 +219,16 @@ def test_the_command(world, tmp_path):
         "num_epochs": 3,
         "per_prompt_stat_tracking.min_count": 2,
         "sample.num_steps": 2,
-        "train.kl_per_update": 0.01,
-        "train.kl_calibration_updates": 1,
     }
     line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
-    line += ["--first_steps=3", "--steps=2"]
+    line += ["--first_steps=3", "--steps=2", "--updates=2"]
     done = children.command("tiny.critic", line, tmp_path)
     assert done.returncode == 0, done.stderr
     updates = metrics(tmp_path / "run", "update")
-    assert [update["epoch"] for update in updates] == [1, 2]
-    assert updates[0]["kl_of_update"] > 0 and all(update["critic_loss"] > 0 for update in updates)
+    assert [update["epoch"] for update in updates] == [1, 1, 2, 2]
+    assert updates[0]["kl"] == 0 < updates[1]["kl"] and all(update["critic_loss"] > 0 for update in updates)
+    rates = [update["learning_rate"] / updates[0]["learning_rate"] for update in updates]
+    assert rates == pytest.approx([1.0, 0.75, 0.5, 0.25])
     again = children.command("tiny.critic", [*line, "--config.run_name=again"], tmp_path)
     assert again.returncode == 0
     assert metrics(tmp_path / "again", "update") == updates

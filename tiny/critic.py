@@ -2,26 +2,29 @@
 
     python -m tiny.critic --config config/tiny.py:clean [--config.KEY=VALUE ...]
 
---first_steps  of the critic's training, 48 states each, on the samples of the first epoch (400)
+--first_steps  of the critic's training, 48 states each, on the samples of the first epoch (300)
 --steps        of it in every other epoch (20)
---kl_weight    what a nat of KL to the base model costs, in standard deviations of a prompt's rewards (0.004)
+--updates      of the painter in every epoch but the first, of config.train.batch_size captions each (20)
+--kl_weight    what a nat of KL to the base model costs, in standard deviations of a prompt's rewards (0.008)
 
 The policy gradient of a reward that is known for finished pictures alone is mostly noise, since it does not say which
 of thousands of random numbers was to blame. A critic V(x_t, t, caption), trained to foretell a sample's reward from the
 latents on the way to it, has a gradient in those latents, which does: each step is moved towards states worth more,
 
-    d/dtheta E[V(mean_theta(x_t) + std_t noise)],   the mean of a few draws of the noise
+    d/dtheta V(mean_theta(x_t) + std_t noise)
 
 (the value gradient of Heess et al. 2015, arXiv:1510.09142; the noise-aware latent reward models of Zhang et al. 2025,
-arXiv:2502.01051, are critics of this kind). The reward itself is never differentiated and may be anything. Three things
-keep the painter from following a critic that knows nothing, and from paying for the reward with something else: V is
-multiplied by what it has proved to be worth (`Trust`), the KL to the base model is subtracted, and where area is held
-no state is moved towards larger or smaller objects.
+arXiv:2502.01051, are critics of this kind; with a price on the KL, the painter is matched to the base model guided by
+the critic, as in Liu et al. 2025, arXiv:2512.05116). The reward itself is never differentiated and may be anything.
+Three things keep the painter from following a critic that knows nothing, and from paying for the reward with something
+else: V is multiplied by what it has proved to be worth (`Trust`), the KL to the base model is subtracted, and where
+area is held no state is moved towards larger or smaller objects.
 
 The critic learns from the samples of the run, so that it knows what the painter has become. In the first epoch, of
-config.per_prompt_stat_tracking.min_count samples of each training prompt, only the critic learns. How the run goes on
-otherwise, and what it leaves: tiny/ascent.py. With config.shuffle_advantages the critic learns from rewards that are
-shuffled among the samples, as a control.
+config.per_prompt_stat_tracking.min_count samples of each training prompt, only the critic learns. The painter's updates
+need neither rewards nor finished pictures: each paints the trained steps anew, asks the critic on the way, and moves
+little, and the learning rate falls to nothing. How the run goes on otherwise, and what it leaves: tiny/ascent.py. With
+config.shuffle_advantages the critic learns from rewards that are shuffled among the samples, as a control.
 """
 
 import copy
@@ -33,13 +36,13 @@ import torch
 from absl import flags
 from ml_collections import ConfigDict
 from torch import nn
-from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
 from ddpo.area import log_area, without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, make_generator
+from ddpo.update import optimizer_step
 from diffusers_patch.loading import load_painter
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
@@ -48,7 +51,7 @@ from tiny.ascent import Ascent
 # of the critic's training: the rate falls in the first epoch, to AFTERWARDS of itself
 BATCH, LEARNING_RATE, AFTERWARDS, WARM_UP, WEIGHT_DECAY = 48, 3e-4, 0.15, 50, 0.05
 CLEAN = 0.4  # share of finished pictures among the states that it is trained on
-NOISES = 4  # draws for each step of a sample
+AREA = 0.2  # what growth costs, in units of the reward's gradient: it points the same way in all samples, which do not
 STATES = 100  # what its random numbers are used for; see `ddpo.sampling`
 HEADS, HEAD_WIDTH, HIDDEN = 4, 32, 128
 
@@ -85,51 +88,64 @@ class Critic(nn.Module):
         return self.head(alike.flatten(1))
 
 
-def critic_gradients(
+def paint_towards_worth(
     critic: Critic,
     trust: torch.Tensor,
     kl_weight: float,
+    penalty: float,
     policy: MultiViewPolicy,
-    chains: Trajectory,
+    conditioning: dict[str, torch.Tensor],
     config: ConfigDict,
     generator: torch.Generator,
-) -> torch.Tensor:
-    """Gradients (2, P), in the policy's trainable weights, of both things that the critic says of the states that a
-    step can lead to, mean over NOISES of them, sum over samples and trained steps. The first is that of
-    trust * reward - kl_weight * KL, with the KL of the step to the base model in nats; where area is held, what the
-    reward pays for the area of a sample is left out.
+) -> dict[str, float]:
+    """Paint the K trained steps of B samples, and add to the gradients of the policy's weights those of the loss
 
-    trust: one number for each trained step; chains: B that this policy painted, on its device; generator: of the noise,
-    on the CPU."""
-    parameters = policy.trainable_parameters()
-    totals = torch.zeros(2, sum(p.numel() for p in parameters), device=policy.device)
+        sum over steps of   kl_weight * KL - trust * reward,   mean over samples,
+
+    with the reward that the critic foretells where a step has led to, and the KL of the step to the base model in nats.
+    Where area is held, what the reward pays for the area of a sample is left out, and larger objects cost `penalty`
+    (see `AreaControl`).
+
+    trust: (K,); conditioning: of (B, ...); generator: of the noise, on the CPU. Returns the loss (without what area
+    costs) and the KL."""
+    policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
+    batch, times = len(next(iter(conditioning.values()))), policy.scheduler.timesteps
+    numbers = dict.fromkeys(("loss", "kl"), 0.0)
+    x = policy.initial_latents(batch, generator)
     for k in range(trainable_steps(config)):
-        x = chains.latents[:, k]
-        step = x, chains.timesteps[:, k], chains.conditioning, config.sample.guidance_scale, config.sample.eta
+        step = x, times[k].expand(batch), conditioning, config.sample.guidance_scale, config.sample.eta
         mean, std = policy.mean_std(*step)
         with torch.no_grad():
-            moved = mean - policy.mean_std(*step, reference=True)[0]
-        many = torch.arange(len(x), device=x.device).repeat(NOISES)
-        noise = torch.randn(len(many), *x.shape[1:], generator=generator).to(x.device)
-        given = {name: value[many] for name, value in chains.conditioning.items()}
-        reached = (mean.detach()[many] + std[many] * noise).requires_grad_()
-        said = critic(reached, time_after(chains, k)[many], given).sum(0) / NOISES
-        better, larger = (
-            torch.autograd.grad(said[n], reached, retain_graph=True)[0].unflatten(0, (NOISES, -1)).sum(0)
-            for n in range(2)
-        )
+            moved = (mean - policy.mean_std(*step, reference=True)[0]) / std
+        noise = torch.randn(x.shape, generator=generator).to(x.device)
+        x = (mean.detach() + std * noise).requires_grad_()
+        said = critic(x, time_after(times, k).expand(batch), conditioning)
+        better, larger = (torch.autograd.grad(said[:, n].sum(), x, retain_graph=True)[0] for n in range(2))
         if config.train.hold_foreground:  # of every sample, or some would shrink and others grow
             better = torch.vmap(without)(better.flatten(1), larger.flatten(1)).view_as(better)
-        better = trust[k] * better - kl_weight * moved / std**2
-        for total, upwards in zip(totals, (better, larger), strict=True):
-            total += parameters_to_vector(torch.autograd.grad(mean, parameters, upwards, retain_graph=True))
-    return totals
+            scale = better.norm() / larger.norm().clamp(min=torch.finfo(larger.dtype).tiny)
+            better = better - AREA * penalty * scale * larger
+        mean.backward((kl_weight * moved / std - trust[k] * better) / batch)
+        x = x.detach()
+        nats = float(moved.square().sum()) / (2 * batch)
+        numbers["kl"] += nats
+        numbers["loss"] += kl_weight * nats - float(trust[k] * said[:, 0].detach().mean())
+    return numbers
 
 
-def time_after(trajectory: Trajectory, k: int) -> torch.Tensor:
-    """The timesteps (B,) of the states after step k, 0 after the last."""
-    last = k + 1 == trajectory.num_steps
-    return torch.zeros_like(trajectory.timesteps[:, 0]) if last else trajectory.timesteps[:, k + 1]
+def time_after(timesteps: torch.Tensor, k: int) -> torch.Tensor:
+    """The timestep (...) of the states after step k of (..., T), 0 after the last."""
+    return torch.zeros_like(timesteps[..., 0]) if k + 1 == timesteps.shape[-1] else timesteps[..., k + 1]
+
+
+def turned(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Latents (B, ...) of the same objects, each turned by some quarters if their views (B, V, ...) are painted apart.
+
+    It is as consistent from any side, so that a critic can learn as much from one sample as from V."""
+    if x.dim() < 5:
+        return x
+    turns = torch.randint(x.shape[1], (len(x),), generator=generator).tolist()
+    return torch.stack([views.roll(turn, 0) for views, turn in zip(x, turns, strict=True)])
 
 
 class Memory:
@@ -169,8 +185,8 @@ class Trust:
         return {f"{name}_{k + 1}": float(v) for name, values in numbers.items() for k, v in enumerate(values)}
 
     def __call__(self) -> torch.Tensor:
-        """(K,), none negative."""
-        return (self.together / self.alone.clamp(min=torch.finfo(self.alone.dtype).tiny)).clamp(min=0)
+        """(K,), from 0 to 1."""
+        return (self.together / self.alone.clamp(min=torch.finfo(self.alone.dtype).tiny)).clamp(0, 1)
 
 
 def learning_rate(step: int, first_steps: int) -> float:
@@ -181,19 +197,15 @@ def learning_rate(step: int, first_steps: int) -> float:
 class CriticRun(Ascent):
     """A run whose painter climbs what a critic foretells. Arguments: see the command."""
 
-    def __init__(self, config: ConfigDict, first_steps: int, steps: int, kl_weight: float):
+    def __init__(self, config: ConfigDict, first_steps: int, steps: int, updates: int, kl_weight: float):
         super().__init__(config)
-        self.first_steps, self.steps, self.kl_weight = first_steps, steps, kl_weight
+        self.first_steps, self.steps, self.updates, self.kl_weight = first_steps, steps, updates, kl_weight
         self.memory, self.trust = Memory(), Trust(trainable_steps(config))
         torch.manual_seed(config.seed)
         self.critic = Critic(load_painter(config, self.accelerator.device)).to(self.accelerator.device)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         rate = partial(learning_rate, first_steps=first_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.critic_optimizer, rate)
-
-    def gradients(self, chains: Trajectory) -> torch.Tensor:
-        """See `critic_gradients`."""
-        return critic_gradients(self.critic, self.trust(), self.kl_weight, self.policy, chains, self.config, self.noise)
 
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
         """The critic learns, then the painter; arguments and result as of `Ascent.update`."""
@@ -206,8 +218,20 @@ class CriticRun(Ascent):
         self.memory.add(chains, truth)
         known["critic_loss"] = self.learn(epoch, self.steps if epoch else self.first_steps)
         self.log.say("critic: " + "  ".join(f"{name} {value:.2f}" for name, value in known.items()))
-        self.noise = make_generator(self.config.seed, STATES, epoch, 1)
-        return [{**statistics, **known} for statistics in super().update(epoch, samples, prompts)]
+        return [{**self.climb(epoch, i), **known} for i in range(self.updates if epoch else 0)]
+
+    def climb(self, epoch: int, i: int) -> dict:
+        """The painter's update `i` of an epoch: its statistics."""
+        config, generator = self.config, make_generator(self.config.seed, STATES, epoch, 1, i)
+        left = 1 - ((epoch - 1) * self.updates + i) / ((config.num_epochs - 1) * self.updates)
+        self.optimizer.param_groups[0]["lr"] = left * config.train.learning_rate
+        prompts, _ = self.prompts.sample(config.train.batch_size, generator)
+        conditioning = self.policy.encode([prompt + config.sample.prompt_suffix for prompt in prompts])
+        penalty = self.area_control.penalty() if self.area_control else 0.0
+        numbers = paint_towards_worth(
+            self.critic, self.trust(), self.kl_weight, penalty, self.policy, conditioning, config, generator
+        )
+        return {**numbers, **optimizer_step(self.parameters, self.optimizer, self.accelerator, config, None)}
 
     def truth(self, epoch: int, samples: Samples, prompts: Sequence[str], good: torch.Tensor) -> torch.Tensor:
         """Reward and log area of the samples `good` (n,): (n, 2), less what they were for the same prompt in the first
@@ -233,8 +257,9 @@ class CriticRun(Ascent):
         said = []
         for index in torch.arange(len(trajectory)).split(self.config.sample.batch_size):
             chains = trajectory.take(index).to(self.policy.device)
-            states = [(chains.latents[:, k + 1], time_after(chains, k)) for k in range(trainable_steps(self.config))]
-            said.append(torch.stack([self.critic(x, t, chains.conditioning)[:, 0].cpu() for x, t in states], 1))
+            states = enumerate(chains.latents[:, 1 : 1 + trainable_steps(self.config)].unbind(1))
+            told = [self.critic(x, time_after(chains.timesteps, k), chains.conditioning)[:, 0] for k, x in states]
+            said.append(torch.stack(told, 1).cpu())
         return torch.cat(said)
 
     def learn(self, epoch: int, steps: int) -> float:
@@ -249,6 +274,7 @@ class CriticRun(Ascent):
         for _ in range(steps):
             n = torch.randint(len(latents), (BATCH,), generator=generator)
             x, noise = latents[n], torch.randn(BATCH, *latents.shape[1:], generator=generator)
+            x = turned(x, generator)
             t = later[torch.randint(len(later), (BATCH,), generator=generator)]
             clean = torch.rand(BATCH, generator=generator) < CLEAN
             noisy = scheduler.add_noise(x, noise, t)
@@ -267,8 +293,9 @@ class CriticRun(Ascent):
 
 
 def define_flags() -> None:
-    flags.DEFINE_integer("first_steps", 400, "Of the critic's training, in the first epoch.", lower_bound=1)
-    flags.DEFINE_float("kl_weight", 0.004, "Price of a nat of KL to the base model.", lower_bound=0.0)
+    flags.DEFINE_integer("first_steps", 300, "Of the critic's training, in the first epoch.", lower_bound=1)
+    flags.DEFINE_float("kl_weight", 0.008, "Price of a nat of KL to the base model.", lower_bound=0.0)
+    flags.DEFINE_integer("updates", 20, "Of the painter, in every epoch but the first.", lower_bound=1)
     flags.DEFINE_integer("steps", 20, "Of the critic's training, in every other epoch.", lower_bound=1)
 
 
@@ -283,7 +310,7 @@ def main(args) -> None:
         )
     if config.sample.num_steps < 2:
         raise UserError(f"config.sample.num_steps is {config.sample.num_steps}, but a critic needs 2 or more")
-    CriticRun(config, args.first_steps, args.steps, args.kl_weight).train()
+    CriticRun(config, args.first_steps, args.steps, args.updates, args.kl_weight).train()
 
 
 if __name__ == "__main__":

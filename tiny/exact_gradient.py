@@ -1,6 +1,6 @@
 """What could any training learn from the reward? The exact gradient of MRC, an upper bound of sampling.
 
-    python -m tiny.exact_gradient --config config/tiny.py:clean [--config.KEY=VALUE ...]
+    python -m tiny.exact_gradient --config config/tiny.py:exact [--config.KEY=VALUE ...]
 
 --steps_back  through how many of the last denoising steps the gradient flows (all)
 
@@ -14,6 +14,7 @@ How a run goes on and what it leaves: tiny/ascent.py.
 """
 
 import inspect
+from collections.abc import Sequence
 
 import torch
 from absl import flags
@@ -22,6 +23,10 @@ from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.errors import UserError
+from ddpo.area import without
+from ddpo.calibration import StepCalibration
+from ddpo.sampling import Samples
+from ddpo.update import optimizer_step, set_gradient
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
 from mrc.bounding_box import BACKGROUND
@@ -29,6 +34,7 @@ from mrc.mrc import MRC, resize_views, view_distances
 from recon.volume_rendering import render_scenes
 from tiny.ascent import Ascent
 
+MOMENTUM = 0.9  # weight of the updates before in the mean of the gradients
 SOFTNESS = 0.01  # of a silhouette's edge, in the range of pixels: wide enough to have a gradient, and no wider
 
 
@@ -67,15 +73,43 @@ def exact_gradients(
 
 
 class ExactGradient(Ascent):
-    """A run along the exact gradient of its reward. Arguments: see the command."""
+    """A run along the exact gradient of its reward, one step in an epoch. Arguments: see the command."""
 
     def __init__(self, config: ConfigDict, steps_back: int):
         super().__init__(config)
         self.steps_back = steps_back
+        self.calibration = StepCalibration(self.policy, self.optimizer, self.accelerator, config)
+        self.means = None  # of the gradients, over updates
 
     def gradients(self, chains: Trajectory) -> torch.Tensor:
         """See `exact_gradients`."""
         return exact_gradients(self.policy, self.reward_fn.judge, chains, self.config, self.steps_back)
+
+    def direction(self, trajectory: Trajectory) -> torch.Tensor:
+        """The gradient (P,) of the reward, mean over samples and over the last updates; where area is held, without
+        what of it changes the area, and against what this has grown.
+
+        Updates are averaged here and not by Adam, whose momentum would delay what stops the growth: objects would grow
+        and shrink in turns."""
+        parts = torch.arange(len(trajectory)).split(self.config.train.batch_size)
+        totals = sum(self.gradients(trajectory.take(index).to(self.policy.device)) for index in parts)
+        totals = totals / len(trajectory)
+        self.means = totals if self.means is None else torch.lerp(totals, self.means, MOMENTUM)
+        wanted, area = self.means
+        if self.area_control is None:
+            return wanted
+        scale = wanted.norm() / area.norm().clamp(min=torch.finfo(area.dtype).tiny)
+        return without(wanted, area) - self.area_control.penalty() * scale * area
+
+    def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
+        """One step along `direction`; arguments and result as of `Ascent.update`."""
+        if epoch == 0:
+            return []
+        self.calibration.start(samples.trajectory)
+        set_gradient(self.parameters, -self.direction(samples.trajectory))
+        after = self.calibration.after_update
+        loss = -float(samples.reward.nanmean())
+        return [{"loss": loss, **optimizer_step(self.parameters, self.optimizer, self.accelerator, self.config, after)}]
 
 
 def define_flags() -> None:
