@@ -14,7 +14,7 @@ from tests import children
 from tests.test_exact_gradient import PAINTERS, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, make_mvdream, settings
-from tiny.critic import Critic, CriticRun, Trust, paint_towards_worth, turned
+from tiny.critic import AREA_WEIGHT, Critic, CriticRun, Trust, paint_towards_worth, turned
 
 
 def a_critic_and_its_painter(config):
@@ -30,13 +30,12 @@ def a_critic_and_its_painter(config):
     return judge, policy
 
 
-def gradients(policy, judge, config, trust, kl_weight=0.0, penalty=0.0, seed=3):
+def gradients(policy, judge, config, trust, kl_weight=0.0):
     """What an update follows, for two samples, and the numbers that it says."""
     for parameter in policy.trainable_parameters():
         parameter.grad = None
-    noise = torch.Generator().manual_seed(seed)
-    conditioning = policy.encode(PROMPTS[:2])
-    numbers = paint_towards_worth(judge, trust, kl_weight, penalty, policy, conditioning, config, noise)
+    noise, conditioning = torch.Generator().manual_seed(3), policy.encode(PROMPTS[:2])
+    numbers = paint_towards_worth(judge, trust, kl_weight, policy, conditioning, config, noise)
     return parameters_to_vector([parameter.grad for parameter in policy.trainable_parameters()]), numbers
 
 
@@ -66,10 +65,11 @@ def test_gradients_are_those_of_what_the_next_state_is_worth(world, tmp_path, pa
 
 
 @pytest.mark.parametrize("hold", [True, False])
-def test_a_reward_for_area_alone_is_none_where_area_is_held(world, tmp_path, hold):
+def test_a_reward_for_area_alone_is_none_where_area_is_held(world, tmp_path, monkeypatch, hold):
     """Of every sample by itself."""
     config = configuration(world, tmp_path, "mvdream", train__skip_last_steps=1, train__hold_foreground=hold)
     judge, policy = a_critic_and_its_painter(config)
+    monkeypatch.setattr("tiny.critic.AREA_WEIGHT", 0.0)
 
     def one_wants_it_larger_and_the_other_smaller(*state):
         area = judge(*state)[:, 1]
@@ -81,17 +81,22 @@ def test_a_reward_for_area_alone_is_none_where_area_is_held(world, tmp_path, hol
     assert plain.norm() > 0 and bool(found.norm() > 1e-3 * plain.norm()) is not hold
 
 
-def test_what_has_grown_is_taken_back(world, tmp_path):
-    """As much of it as there is of the rest."""
-    config = configuration(world, tmp_path, "mvdream", train__skip_last_steps=2, train__hold_foreground=True)
-    judge, policy = a_critic_and_its_painter(config)
-    trust = torch.full((config.sample.num_steps - 2,), 0.7)[:1]
+def test_objects_are_pulled_to_their_usual_area(world, tmp_path):
+    """By the gradient of the square of what they differ by, of every sample, whatever the critic's word is worth."""
+    config = configuration(world, tmp_path, "mvdream", train__hold_foreground=True)
     config.train.skip_last_steps = config.sample.num_steps - 1
-    plain, held = (gradients(policy, judge, config, trust, penalty=penalty)[0] for penalty in (0.0, 2.0))
-    config.train.hold_foreground = False
-    larger, _ = gradients(policy, lambda *state: judge(*state).flip(1), config, trust)
-    assert float(torch.cosine_similarity(plain - held, larger, dim=0)) > 1 - 1e-4  # descent, so this makes it smaller
-    assert (plain - held).norm() > 0.1 * plain.norm()
+    judge, policy = a_critic_and_its_painter(config)
+    found, numbers = gradients(policy, judge, config, torch.zeros(1))
+
+    noise, conditioning = torch.Generator().manual_seed(3), policy.encode(PROMPTS[:2])
+    x, times = policy.initial_latents(2, noise), policy.scheduler.timesteps
+    step = x, times[0].expand(2), conditioning, config.sample.guidance_scale, config.sample.eta
+    mean, std = policy.mean_std(*step)
+    reached = mean + std * torch.randn(x.shape, generator=noise)
+    loss = AREA_WEIGHT / 2 * judge(reached, times[1].expand(2), conditioning)[:, 1].square().mean()
+    wanted = parameters_to_vector(torch.autograd.grad(loss, policy.trainable_parameters()))
+    assert wanted.norm() > 0 and (found - wanted).norm() < 1e-4 * wanted.norm()
+    assert numbers["loss"] == pytest.approx(float(loss.detach()))
 
 
 def test_turned_objects_keep_their_views_in_order():

@@ -18,7 +18,7 @@ arXiv:2502.01051, are critics of this kind; with a price on the KL, the painter 
 the critic, as in Liu et al. 2025, arXiv:2512.05116). The reward itself is never differentiated and may be anything.
 Three things keep the painter from following a critic that knows nothing, and from paying for the reward with something
 else: V is multiplied by what it has proved to be worth (`Trust`), the KL to the base model is subtracted, and where
-area is held no state is moved towards larger or smaller objects.
+area is held no state is moved towards larger or smaller objects but for the area that is usual for its caption.
 
 The critic learns from the samples of the run, so that it knows what the painter has become. In the first epoch, of
 config.per_prompt_stat_tracking.min_count samples of each training prompt, only the critic learns. The painter's updates
@@ -51,7 +51,7 @@ from tiny.ascent import Ascent
 # of the critic's training: the rate falls in the first epoch, to AFTERWARDS of itself
 BATCH, LEARNING_RATE, AFTERWARDS, WARM_UP, WEIGHT_DECAY = 48, 3e-4, 0.15, 50, 0.05
 CLEAN = 0.4  # share of finished pictures among the states that it is trained on
-AREA = 0.2  # what growth costs, in units of the reward's gradient: it points the same way in all samples, which do not
+AREA_WEIGHT = 0.05  # of squared areas, in standard deviations, beside rewards in those of rewards
 STATES = 100  # what its random numbers are used for; see `ddpo.sampling`
 HEADS, HEAD_WIDTH, HIDDEN = 4, 32, 128
 
@@ -92,7 +92,6 @@ def paint_towards_worth(
     critic: Critic,
     trust: torch.Tensor,
     kl_weight: float,
-    penalty: float,
     policy: MultiViewPolicy,
     conditioning: dict[str, torch.Tensor],
     config: ConfigDict,
@@ -100,14 +99,13 @@ def paint_towards_worth(
 ) -> dict[str, float]:
     """Paint the K trained steps of B samples, and add to the gradients of the policy's weights those of the loss
 
-        sum over steps of   kl_weight * KL - trust * reward,   mean over samples,
+        sum over steps of   kl_weight * KL - trust * reward + AREA_WEIGHT / 2 * area**2,   mean over samples,
 
-    with the reward that the critic foretells where a step has led to, and the KL of the step to the base model in nats.
-    Where area is held, what the reward pays for the area of a sample is left out, and larger objects cost `penalty`
-    (see `AreaControl`).
+    with the reward and the area that the critic foretells where a step has led to, and the KL of the step to the base
+    model in nats. What the reward pays for the area of a sample is left out. Where area is not held, it is paid, and
+    the last term is left out.
 
-    trust: (K,); conditioning: of (B, ...); generator: of the noise, on the CPU. Returns the loss (without what area
-    costs) and the KL."""
+    trust: (K,); conditioning: of (B, ...); generator: of the noise, on the CPU. Returns the loss and the KL."""
     policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
     batch, times = len(next(iter(conditioning.values()))), policy.scheduler.timesteps
     numbers = dict.fromkeys(("loss", "kl"), 0.0)
@@ -119,17 +117,18 @@ def paint_towards_worth(
             moved = (mean - policy.mean_std(*step, reference=True)[0]) / std
         noise = torch.randn(x.shape, generator=generator).to(x.device)
         x = (mean.detach() + std * noise).requires_grad_()
-        said = critic(x, time_after(times, k).expand(batch), conditioning)
-        better, larger = (torch.autograd.grad(said[:, n].sum(), x, retain_graph=True)[0] for n in range(2))
+        reward, area = critic(x, time_after(times, k).expand(batch), conditioning).unbind(1)
+        better, larger = (torch.autograd.grad(value.sum(), x, retain_graph=True)[0] for value in (reward, area))
+        reward, area, nats = reward.detach(), area.detach(), moved.square().sum() / (2 * batch)
+        upwards, loss = trust[k] * better, kl_weight * nats - trust[k] * reward.mean()
         if config.train.hold_foreground:  # of every sample, or some would shrink and others grow
-            better = torch.vmap(without)(better.flatten(1), larger.flatten(1)).view_as(better)
-            scale = better.norm() / larger.norm().clamp(min=torch.finfo(larger.dtype).tiny)
-            better = better - AREA * penalty * scale * larger
-        mean.backward((kl_weight * moved / std - trust[k] * better) / batch)
+            upwards = torch.vmap(without)(upwards.flatten(1), larger.flatten(1)).view_as(x)
+            upwards = upwards - torch.einsum("b,b...->b...", AREA_WEIGHT * area, larger)
+            loss = loss + AREA_WEIGHT / 2 * area.square().mean()
+        mean.backward((kl_weight * moved / std - upwards) / batch)
         x = x.detach()
-        nats = float(moved.square().sum()) / (2 * batch)
-        numbers["kl"] += nats
-        numbers["loss"] += kl_weight * nats - float(trust[k] * said[:, 0].detach().mean())
+        numbers["loss"] += float(loss)
+        numbers["kl"] += float(nats)
     return numbers
 
 
@@ -227,9 +226,8 @@ class CriticRun(Ascent):
         self.optimizer.param_groups[0]["lr"] = left * config.train.learning_rate
         prompts, _ = self.prompts.sample(config.train.batch_size, generator)
         conditioning = self.policy.encode([prompt + config.sample.prompt_suffix for prompt in prompts])
-        penalty = self.area_control.penalty() if self.area_control else 0.0
         numbers = paint_towards_worth(
-            self.critic, self.trust(), self.kl_weight, penalty, self.policy, conditioning, config, generator
+            self.critic, self.trust(), self.kl_weight, self.policy, conditioning, config, generator
         )
         return {**numbers, **optimizer_step(self.parameters, self.optimizer, self.accelerator, config, None)}
 
