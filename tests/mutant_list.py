@@ -1017,8 +1017,8 @@ MUTANTS = [
         ),
         (
             "a pull away from the base model",
-            "kl_weight * moved / std - trust",
-            "-kl_weight * moved / std - trust",
+            "kl_weight * moved / std -",
+            "-kl_weight * moved / std -",
             _WORTH,
         ),
         ("a KL of another unit", "kl_weight * moved / std -", "kl_weight * moved -", _WORTH),
@@ -1062,7 +1062,7 @@ MUTANTS = [
         ),
         (
             "a learning rate that stays",
-            "left * config.train.learning_rate",
+            "rate * config.train.learning_rate",
             "config.train.learning_rate",
             "test_critic.py::test_the_command",
         ),
@@ -1074,6 +1074,7 @@ MUTANTS = [
             _FORETELLS,
         ),
         ("trust in a critic that is wrong", ".clamp(0, 1)", ".clamp(max=1)", _TRUST),
+        ("trust by chance", "slope - 2 * (left", "slope - 0 * (left", "test_critic.py::test_chance_is_not_trusted"),
         ("more trust than a critic asks for", ".clamp(0, 1)", ".clamp(min=0)", _TRUST),
         ("trust for the trend of the epochs", "said - said.mean(0), reward - reward.mean()", "said, reward", _TRUST),
         (

@@ -51,6 +51,7 @@ from tiny.ascent import Ascent
 # of the critic's training: the rate falls in the first epoch, to AFTERWARDS of itself
 BATCH, LEARNING_RATE, AFTERWARDS, WARM_UP, WEIGHT_DECAY = 48, 3e-4, 0.15, 50, 0.05
 CLEAN = 0.4  # share of finished pictures among the states that it is trained on
+PAINTER_WARM_UP = 10  # updates in which the painter's rate rises, while Adam knows little of its gradients
 AREA_WEIGHT = 0.05  # of squared areas, in standard deviations, beside rewards in those of rewards
 STATES = 100  # what its random numbers are used for; see `ddpo.sampling`
 HEADS, HEAD_WIDTH, HIDDEN = 4, 32, 128
@@ -167,30 +168,39 @@ class Memory:
 class Trust:
     """What a critic's word is worth, by what it said of samples that it had not learned from yet.
 
-    It is the slope of their rewards in what was foretold, over all epochs, for each of K steps: about 0 if nothing can
-    be foretold, as of shuffled rewards."""
+    It is the slope of their rewards in what was foretold, over all epochs, for each of K steps, less twice its standard
+    error: slopes of few samples, or of words that hardly differ, are large by chance, as of shuffled rewards."""
 
     def __init__(self, steps: int):
         self.together, self.alone = torch.zeros(steps), torch.zeros(steps)
+        self.rewards, self.freedom = 0.0, -1
 
     def observe(self, said: torch.Tensor, reward: torch.Tensor) -> dict[str, float]:
-        """Count an epoch's samples, (B, K) and (B,). Returns their correlations, and the slopes of all epochs."""
+        """Count an epoch's samples, (B, K) and (B,). Returns their correlations, and what the critic is worth now."""
         said, reward = said - said.mean(0), reward - reward.mean()
         together, alone = reward @ said, said.square().sum(0)
         self.together, self.alone = self.together + together, self.alone + alone
-        tiny = torch.finfo(said.dtype).tiny
-        found = together / (alone * reward.square().sum()).sqrt().clamp(min=tiny)
+        self.rewards, self.freedom = self.rewards + reward.square().sum(), self.freedom + len(reward) - 1
+        found = together / (alone * reward.square().sum()).sqrt().clamp(min=torch.finfo(said.dtype).tiny)
         numbers = {"foretold": found, "trust": self()}
         return {f"{name}_{k + 1}": float(v) for name, values in numbers.items() for k, v in enumerate(values)}
 
     def __call__(self) -> torch.Tensor:
         """(K,), from 0 to 1."""
-        return (self.together / self.alone.clamp(min=torch.finfo(self.alone.dtype).tiny)).clamp(0, 1)
+        alone = self.alone.clamp(min=torch.finfo(self.alone.dtype).tiny)
+        slope = self.together / alone
+        left = (self.rewards - slope * self.together).clamp(min=0) / max(self.freedom, 1)
+        return (slope - 2 * (left / alone).sqrt()).clamp(0, 1)
 
 
-def learning_rate(step: int, first_steps: int) -> float:
-    """Of the critic, at a step, in units of LEARNING_RATE."""
+def critic_rate(step: int, first_steps: int) -> float:
+    """The critic's learning rate at a step, in units of LEARNING_RATE."""
     return min(1.0, (step + 1) / WARM_UP) * max(AFTERWARDS, 1 - (1 - AFTERWARDS) * step / first_steps)
+
+
+def painter_rate(update: int, updates: int) -> float:
+    """The painter's learning rate at one of all its updates, in units of config.train.learning_rate."""
+    return min(1.0, (update + 1) / PAINTER_WARM_UP) * (1 - update / updates)
 
 
 class CriticRun(Ascent):
@@ -203,7 +213,7 @@ class CriticRun(Ascent):
         torch.manual_seed(config.seed)
         self.critic = Critic(load_painter(config, self.accelerator.device)).to(self.accelerator.device)
         self.critic_optimizer = torch.optim.AdamW(self.critic.parameters(), lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        rate = partial(learning_rate, first_steps=first_steps)
+        rate = partial(critic_rate, first_steps=first_steps)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.critic_optimizer, rate)
 
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
@@ -222,8 +232,8 @@ class CriticRun(Ascent):
     def climb(self, epoch: int, i: int) -> dict:
         """The painter's update `i` of an epoch: its statistics."""
         config, generator = self.config, make_generator(self.config.seed, STATES, epoch, 1, i)
-        left = 1 - ((epoch - 1) * self.updates + i) / ((config.num_epochs - 1) * self.updates)
-        self.optimizer.param_groups[0]["lr"] = left * config.train.learning_rate
+        rate = painter_rate((epoch - 1) * self.updates + i, (config.num_epochs - 1) * self.updates)
+        self.optimizer.param_groups[0]["lr"] = rate * config.train.learning_rate
         prompts, _ = self.prompts.sample(config.train.batch_size, generator)
         conditioning = self.policy.encode([prompt + config.sample.prompt_suffix for prompt in prompts])
         numbers = paint_towards_worth(
