@@ -1,7 +1,7 @@
 """Runs that are told where to go: the frame of tiny/exact_gradient.py and tiny/critic.py.
 
-All but the updates is that of a training run: prompts, noise, growth of the area and validations. So is the folder, in
-which `python -m tiny.evaluate` compares before and after. Such a run is one process and not resumed.
+All but the updates is that of a training run: prompts, noise and validations. So is the folder, in which
+`python -m tiny.evaluate` compares before and after. Such a run is one process and not resumed.
 """
 
 import time
@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from config.errors import UserError
 from config.validate import validate
-from ddpo.area import AreaControl
 from ddpo.run_folder import open_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
@@ -47,14 +46,13 @@ class Ascent(ABC):
         make_trainable(self.policy, config)
         self.parameters = self.policy.trainable_parameters()
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
-        self.area_control = AreaControl() if config.train.hold_foreground else None
         self.log = RunLog(opened.folder, accelerator, config)
         self.log.start(0, False, opened)
 
     @abstractmethod
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
-        """Learn from an epoch's samples of N prompts; the statistics of each update, `ddpo.update.optimizer_step`'s
-        among them. In the first epoch there is none, and only the size of the objects is measured."""
+        """Learn from an epoch's samples of N prompts. The statistics of each update, `ddpo.update.optimizer_step`'s
+        among them."""
 
     def train(self) -> None:
         """Validate, ascend, validate."""
@@ -78,9 +76,6 @@ class Ascent(ABC):
         config = self.config
         prompts = epoch_prompts(self.prompts, config, epoch, 1)
         samples = self.paint(self.reward_fn, prompts, config.seed, NOISE, epoch)
-        if self.area_control:
-            good = samples.reward.isfinite().cpu().numpy()
-            self.area_control.observe(samples.foreground.cpu().numpy(), prompts, good)
         start = time.perf_counter()
         updates = self.update(epoch, samples, prompts)
         seconds = {**samples.seconds, "update": time.perf_counter() - start}

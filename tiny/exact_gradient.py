@@ -23,7 +23,7 @@ from torch.nn.utils import parameters_to_vector
 
 from config import cli
 from config.errors import UserError
-from ddpo.area import without
+from ddpo.area import AreaControl, without
 from ddpo.calibration import StepCalibration
 from ddpo.sampling import Samples
 from ddpo.update import optimizer_step, set_gradient
@@ -79,6 +79,7 @@ class ExactGradient(Ascent):
         super().__init__(config)
         self.steps_back = steps_back
         self.calibration = StepCalibration(self.policy, self.optimizer, self.accelerator, config)
+        self.area_control = AreaControl() if self.config.train.hold_foreground else None
         self.means = None  # of the gradients, over updates
 
     def gradients(self, chains: Trajectory) -> torch.Tensor:
@@ -102,7 +103,10 @@ class ExactGradient(Ascent):
         return without(wanted, area) - self.area_control.penalty() * scale * area
 
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
-        """One step along `direction`; arguments and result as of `Ascent.update`."""
+        """One step along `direction`, in the first epoch none; arguments and result as of `Ascent.update`."""
+        if self.area_control:
+            good = samples.reward.isfinite().cpu().numpy()
+            self.area_control.observe(samples.foreground.cpu().numpy(), prompts, good)
         if epoch == 0:
             return []
         self.calibration.start(samples.trajectory)
