@@ -1040,7 +1040,7 @@ MUTANTS = [
             "AREA_WEIGHT * area.mean().expand(batch), larger)",
             "test_critic.py::test_objects_are_pulled_to_their_usual_area",
         ),
-        ("a critic that is trusted blindly", "upwards, loss = trust[k] * better", "upwards, loss = better", _WORTH),
+        ("a critic that is trusted blindly", "kl = trust[k] * better", "kl = better", _WORTH),
         ("value gradients that forget the noise", "mean.detach() + std * noise", "mean.detach()", _WORTH),
         (
             "steps that all begin at the first state",

@@ -109,8 +109,7 @@ def paint_towards_worth(
     trust: (K,); conditioning: of (B, ...); generator: of the noise, on the CPU. Returns the loss and the KL."""
     policy.scheduler.set_timesteps(config.sample.num_steps, device=policy.device)
     batch, times = len(next(iter(conditioning.values()))), policy.scheduler.timesteps
-    numbers = dict.fromkeys(("loss", "kl"), 0.0)
-    x = policy.initial_latents(batch, generator)
+    x, loss, kl = policy.initial_latents(batch, generator), 0.0, 0.0
     for k in range(trainable_steps(config)):
         step = x, times[k].expand(batch), conditioning, config.sample.guidance_scale, config.sample.eta
         mean, std = policy.mean_std(*step)
@@ -121,16 +120,14 @@ def paint_towards_worth(
         reward, area = critic(x, time_after(times, k).expand(batch), conditioning).unbind(1)
         better, larger = (torch.autograd.grad(value.sum(), x, retain_graph=True)[0] for value in (reward, area))
         reward, area, nats = reward.detach(), area.detach(), moved.square().sum() / (2 * batch)
-        upwards, loss = trust[k] * better, kl_weight * nats - trust[k] * reward.mean()
+        upwards, loss, kl = trust[k] * better, loss + kl_weight * nats - trust[k] * reward.mean(), kl + nats
         if config.train.hold_foreground:  # of every sample, or some would shrink and others grow
             upwards = torch.vmap(without)(upwards.flatten(1), larger.flatten(1)).view_as(x)
             upwards = upwards - torch.einsum("b,b...->b...", AREA_WEIGHT * area, larger)
             loss = loss + AREA_WEIGHT / 2 * area.square().mean()
         mean.backward((kl_weight * moved / std - upwards) / batch)
         x = x.detach()
-        numbers["loss"] += float(loss)
-        numbers["kl"] += float(nats)
-    return numbers
+    return {"loss": float(loss), "kl": float(kl)}  # read once, or a GPU would be waited for in every step
 
 
 def time_after(timesteps: torch.Tensor, k: int) -> torch.Tensor:
