@@ -209,6 +209,11 @@ def get_config() -> ConfigDict:
     config.train.kl_per_update = 0.0
     # In how many of the first updates the learning rate is calibrated; then it stays. Used with kl_per_update > 0.
     config.train.kl_calibration_updates = 3
+    # Steps whose length is the share of them that chance does not explain, by what shuffled advantages foretell
+    # (ddpo/chance.py): rewards that say nothing of their samples then move nothing. Where chance explains 85 % a step
+    # has the length that learning_rate or kl_per_update gives. Used where gradients are taken while painting, and
+    # without use_8bit_adam; the first lines of a run say so.
+    config.train.beyond_chance = False
 
     ###### Reward ######
     # "mrc" (multi-view reconstruction consistency), or DDPO's sanity checks "jpeg_compressibility" and

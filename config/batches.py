@@ -71,6 +71,11 @@ def gradients_while_painting(config: ConfigDict) -> bool:
     return painted and updates_per_epoch(config) == 1 and config.use_lora and not kl_in_loss(config)
 
 
+def steps_beyond_chance(config: ConfigDict) -> bool:
+    """Whether steps are as long as chance leaves them, which takes the gradient of every sample and Adam's momentum."""
+    return config.train.beyond_chance and gradients_while_painting(config) and not config.train.use_8bit_adam
+
+
 def batch_table(config: ConfigDict, num_processes: int) -> str:
     """What an epoch is made of, as text for the first lines of a run: samples, updates, on-policy or not."""
     derive_batches(config, num_processes)
@@ -87,6 +92,10 @@ def batch_table(config: ConfigDict, num_processes: int) -> str:
                 later = f"; after the first epoch {train.batch_size} at a time"
     else:
         policy = f"off-policy after the first of {updates} updates on the same samples"
+    if steps_beyond_chance(config):
+        policy += ", its step as long as chance leaves it"
+    elif config.train.beyond_chance:
+        policy += "; beyond_chance is not used: it needs gradients taken while painting, and no 8-bit Adam"
     rows = [
         ("processes", f"{num_processes}"),
         (

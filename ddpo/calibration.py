@@ -64,8 +64,10 @@ class StepCalibration:
             self.trajectory = trajectory
             self.means = self._means()
 
-    def after_update(self) -> dict[str, float]:
-        """Measure, set the next learning rate, and return both for the log; {} once the calibration is over."""
+    def after_update(self, length: float = 1.0) -> dict[str, float]:
+        """Measure, set the next learning rate, and return both for the log; {} once the calibration is over.
+
+        length: of the update, in units of the step that the learning rate is for, see `ddpo.update.optimizer_step`."""
         if not self.remaining:
             return {}
         before, self.means = self.means, self._means()
@@ -73,10 +75,10 @@ class StepCalibration:
         sums = torch.stack([kl.sum(), kl.new_tensor(len(kl))])
         total, count = self.accelerator.reduce(sums, reduction="sum").tolist()
         self.done += 1
-        return {"kl_of_update": total / count, "next_learning_rate": self.adjust(total / count)}
+        return {"kl_of_update": total / count, "next_learning_rate": self.adjust(total / count / length**2)}
 
     def adjust(self, kl: float) -> float:
-        """Set and return the learning rate that follows an update which moved the policy by `kl`."""
+        """Set and return the learning rate that follows a whole step which moved the policy by `kl`."""
         factor = (self.config.train.kl_per_update / max(kl, 1e-12)) ** 0.5
         factor = min(max(factor, 1 / LARGEST_CHANGE), LARGEST_CHANGE)
         return self._set(self.optimizer.param_groups[0]["lr"] * factor)

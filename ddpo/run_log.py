@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
-from scipy.stats import sem, ttest_rel
+from scipy.stats import sem
 
 from config.errors import UserError
-from ddpo.evaluation import JUDGES
+from ddpo.evaluation import JUDGES, paired_p_value
 from ddpo.files import append_whole, remove_partial, whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views
 from ddpo.run_folder import OpenRun, replaced_later, set_aside
@@ -135,6 +135,8 @@ class RunLog:
         learning = "(fills the trackers, no update)"
         if updates:
             learning = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
+            if "beyond_chance" in updates[-1]:
+                learning += f"  beyond chance {updates[-1]['beyond_chance']:.2f}"
             skipped = sum(statistics["step_skipped"] for statistics in updates)
             learning += f"  ({skipped} of {len(updates)} steps skipped: gradient not finite)" if skipped else ""
         times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())
@@ -198,7 +200,7 @@ class RunLog:
         before, after = before[both], after[both]
         gain = after - before
         self._before_and_after(first, last)
-        p = ttest_rel(after, before).pvalue if len(gain) > 1 and gain.std() > 0 else float("nan")
+        p = paired_p_value(after, before) if len(gain) > 1 else float("nan")
         start = f" ({first['epoch']} epochs)" if first["epoch"] else ""
         self.say(
             f"\nvalidation reward before{start} {before.mean():+.4f} +- {standard_error(before):.4f}, after "

@@ -6,7 +6,8 @@ import torch
 from accelerate import Accelerator
 from ml_collections import ConfigDict
 
-from config.batches import kl_in_loss, trainable_steps, trained_steps
+from config.batches import kl_in_loss, steps_beyond_chance, trainable_steps, trained_steps
+from ddpo.chance import WHOLE, beyond_chance, momentum_of
 from ddpo.matching import matching_transitions
 from ddpo.ppo import ppo_loss, timestep_weights
 from ddpo.progress import Progress
@@ -23,7 +24,7 @@ def update(
     advantages: torch.Tensor,
     config: ConfigDict,
     generator: torch.Generator,
-    after_step: Callable[[], dict] | None = None,
+    after_step: Callable[[float], dict] | None = None,
     show_progress: bool = False,
 ) -> list[dict]:
     """All updates of an epoch on this process's N samples; returns one dict of statistics per optimizer step.
@@ -32,8 +33,8 @@ def update(
     once per optimizer step, clipped, and applied, unless they are not finite: "step_skipped" in the statistics.
 
     trajectory: what was sampled, in host memory, from where micro-batches are moved to the GPU. advantages: (N,) on the
-    CPU. generator: of the shuffling and of the noise of matching. after_step: called after each optimizer step that was
-    not skipped, returns more statistics.
+    CPU. generator: of the shuffling and of the noise of matching. after_step: called with the length of each optimizer
+    step that was made, see `optimizer_step`; returns more statistics.
     """
     policy.scheduler.set_timesteps(trajectory.num_steps, device=policy.device)
     parameters = policy.trainable_parameters()
@@ -64,19 +65,27 @@ def update_from_gradients(
     gradients: torch.Tensor,
     advantages: torch.Tensor,
     config: ConfigDict,
-    after_step: Callable[[], dict] | None = None,
+    after_step: Callable[[float], dict] | None = None,
 ) -> list[dict]:
     """The one update of a purely on-policy epoch, from gradients that were taken while painting.
 
     With a ratio of 1, inside any clip range, the gradient of the loss of `update` is the mean over samples of
     -A d(log-probability). gradients: (N, P), see `rollout`; the other arguments and the result are those of `update`.
+    With config.train.beyond_chance the step is as long as chance leaves it, see `ddpo.chance`.
     """
     parameters = policy.trainable_parameters()
     advantages = advantages.clamp(-config.train.adv_clip_max, config.train.adv_clip_max)
+    length, found = 1.0, {}
+    if steps_beyond_chance(config):
+        scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
+        momentum = momentum_of(optimizer, len(advantages) * accelerator.num_processes, scale)
+        share = beyond_chance(gradients, advantages, momentum, accelerator)
+        length, found = share / WHOLE, {"beyond_chance": share}
     set_gradient(parameters, -(advantages @ gradients).to(policy.device))
     average_gradients(parameters, accelerator, len(advantages))
     loss = -accelerator.reduce(advantages.mean().to(accelerator.device), reduction="mean")
-    return [{"loss": float(loss), **optimizer_step(parameters, optimizer, accelerator, config, after_step)}]
+    done = optimizer_step(parameters, optimizer, accelerator, config, after_step, length)
+    return [{"loss": float(loss), **found, **done}]
 
 
 def set_gradient(parameters: list[torch.nn.Parameter], gradient: torch.Tensor) -> None:
@@ -85,16 +94,22 @@ def set_gradient(parameters: list[torch.nn.Parameter], gradient: torch.Tensor) -
         parameter.grad = values.view_as(parameter)
 
 
-def optimizer_step(parameters, optimizer, accelerator, config, after_step) -> dict:
-    """Clip the gradients, apply them unless they are not finite, and say what happened."""
+def optimizer_step(parameters, optimizer, accelerator, config, after_step, length: float = 1.0) -> dict:
+    """Clip the gradients, apply them unless they are not finite, and say what happened.
+
+    length: of the step, in units of the one that the learning rate is for; where it is 0 nothing but the optimizer's
+    memory changes."""
     grad_norm = accelerator.clip_grad_norm_(parameters, config.train.max_grad_norm)
-    finite, rate = bool(torch.isfinite(grad_norm)), optimizer.param_groups[0]["lr"]
+    finite, (group,) = bool(torch.isfinite(grad_norm)), optimizer.param_groups
+    rate, group["lr"] = group["lr"], group["lr"] * length
+    numbers = {"grad_norm": float(grad_norm), "learning_rate": group["lr"]}
     if finite or getattr(optimizer, "scaler", None):  # a loss scaler looks for itself, and learns from it
         optimizer.step()
     optimizer.zero_grad()
+    group["lr"] = rate
     skipped = not finite or getattr(optimizer, "step_was_skipped", False)
-    numbers = {"grad_norm": float(grad_norm), "learning_rate": rate, "step_skipped": skipped}
-    return numbers if skipped or after_step is None else {**numbers, **after_step()}
+    further = {} if skipped or length == 0 or after_step is None else after_step(length)
+    return {**numbers, "step_skipped": skipped, **further}
 
 
 def shuffled_micro_batches(

@@ -19,6 +19,7 @@ def _in(file: str, *edits: tuple[str, str, str, str]) -> list[Mutant]:
 
 
 _EXACT = "test_exact_gradient.py::test_gradients_are_those_of_what_is_painted"
+_CHANCE = "test_chance.py::test_rewards_that_say_nothing_move_nothing"
 _WORTH = "test_critic.py::test_gradients_are_those_of_what_the_next_state_is_worth"
 _FORETELLS = "test_critic.py::test_a_critic_foretells_what_no_place_shows_alone"
 _TRUST = "test_critic.py::test_trust_is_the_slope_of_new_samples"
@@ -259,6 +260,18 @@ MUTANTS = [
     *_in(
         "ddpo/update.py",
         (
+            "steps that are as long by chance",
+            'group["lr"], group["lr"] * length',
+            'group["lr"], group["lr"]',
+            "test_chance.py::test_steps_of_a_run_are_as_long_as_their_shares",
+        ),
+        (
+            "steps that stay short",
+            'group["lr"] = rate\n',
+            'group["lr"] = rate * length\n',
+            "test_chance.py::test_steps_of_a_run_are_as_long_as_their_shares",
+        ),
+        (
             "the KL of an update counts steps at which nobody was asked",
             'asked if name == "kl" else weights',
             "weights",
@@ -389,6 +402,12 @@ MUTANTS = [
     ),
     *_in(
         "ddpo/calibration.py",
+        (
+            "a calibration of the step that was shortened",
+            "total / count / length**2",
+            "total / count",
+            "test_chance.py::test_steps_of_a_run_are_as_long_as_their_shares",
+        ),
         (
             "sample.eta ignored in the calibration",
             "mean_std(*given, config.sample.guidance_scale, config.sample.eta)",
@@ -1005,6 +1024,42 @@ MUTANTS = [
             "((half, ~half), (~half, half))",
             "((half, half), (~half, ~half))",
             "test_measure_signal.py::test_a_planted_signal_is_seen_and_no_other",
+        ),
+    ),
+    *_in(
+        "ddpo/chance.py",
+        ("chance that is its mean alone", "DEVIATIONS * by_chance.std()", "0 * by_chance.std()", _CHANCE),
+        (
+            "chance that is never shuffled",
+            "torch.randperm(len(advantages), generator=generator)",
+            "torch.arange(len(advantages))",
+            _CHANCE,
+        ),
+        ("chance that explains nothing", "max(0.0, 1 - explained / gain)", "1.0", _CHANCE),
+        ("steps against the gain", "max(0.0, 1 -", "max(-1.0, 1 -", _CHANCE),
+        (
+            "a past that nobody asks",
+            " + products[:, -1]",
+            " + 0 * products[:, -1]",
+            "test_chance.py::test_a_direction_that_is_confirmed_tells_more",
+        ),
+        (
+            "momentum of the wrong sign",
+            "return -scale",
+            "return scale",
+            "test_chance.py::test_momentum_is_what_adams_step_has_beside_the_samples",
+        ),
+        (
+            "samples that are compared within a process alone",
+            "accelerator.gather(part.float().to(accelerator.device))",
+            "part.float().repeat(accelerator.num_processes, 1)",
+            "test_chance.py::test_all_processes_have_the_share_of_all_samples",
+        ),
+        (
+            "gradients as they are, without Adam's scaling",
+            "everyones / (everyones.square().mean(0) + floor).sqrt()",
+            "everyones",
+            "test_chance.py::test_products_are_of_gradients_as_adam_scales_them",
         ),
     ),
     *_in(

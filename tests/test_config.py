@@ -236,6 +236,25 @@ def test_batch_table_tells_how_many_samples_are_painted_at_a_time(while_painting
     assert "after the first epoch" not in batch_table(config, 8)
 
 
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({}, "gradients taken while painting, its step as long as chance leaves it"),
+        (
+            {"train.gradients_while_painting": False},
+            "beyond_chance is not used: it needs gradients taken while painting",
+        ),
+        ({"train.use_8bit_adam": True}, "beyond_chance is not used"),
+        ({"train.total_batch_size": 32}, "of 2 updates on the same samples; beyond_chance is not used"),
+        ({"train.beyond_chance": False}, "gradients taken while painting\n"),
+    ],
+)
+def test_batch_table_tells_how_long_steps_are(changes, told):
+    config = tiny.get_config()
+    config.update_from_flattened_dict(changes)
+    assert told in batch_table(config, 1)
+
+
 def test_batch_table_tells_when_gradients_are_taken():
     config = dgx.carve3d_train()
     for objective, painting in (("ddpo", True), ("awm", False)):

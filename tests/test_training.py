@@ -144,7 +144,7 @@ MOMENTS = [  # the call in which the process dies, counted from where the run re
     ("torch.save", 1),  # saving checkpoint 2, half of it is there
     ("os.fsync", 4),  # saving checkpoint 2, all but its name is there
     ("matplotlib.pyplot.close", 2),  # saving what belongs to checkpoint 3, before the checkpoint
-    ("ddpo.run_log.ttest_rel", 1),  # the very end
+    ("ddpo.run_log.paired_p_value", 1),  # the very end
 ]
 RESUMED_FROM = [0, 1, 1, 1, 1, 2, 3]
 

@@ -109,7 +109,7 @@ def golden_run(case, monkeypatch, by_an_ulp=None):
             TENSORS["rollout/advantages"],
             config,
             torch.Generator().manual_seed(case["shuffle_seed"]),
-            lambda: weights.append(flat(policy.trainable_state().values())) or {},
+            lambda length: weights.append(flat(policy.trainable_state().values())) or {},
         )
     grid = (-1, case["num_train_timesteps"])
     return SimpleNamespace(
@@ -465,7 +465,7 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
 
     accelerator.backward = spoiled_backward
     arguments = policy, optimizer, accelerator, golden_trajectory(), advantages, config
-    weights = lambda: calls.append(flat(policy.trainable_state().values())) or {}  # noqa: E731
+    weights = lambda length: calls.append(flat(policy.trainable_state().values())) or {}  # noqa: E731
     logs = update(*arguments, torch.Generator().manual_seed(0), weights)
     assert [log["step_skipped"] for log in logs] == [True, False] and math.isnan(logs[0]["grad_norm"])
     assert len(calls) == 1 and calls[0].isfinite().all() and not torch.equal(calls[0], before)
@@ -487,7 +487,7 @@ def test_a_step_that_the_loss_scaler_skipped_is_named_and_calibrates_nothing():
     advantages = TENSORS["rollout/advantages"]
     generator = torch.Generator().manual_seed(0)
     arguments = policy, optimizer, accelerator, golden_trajectory(), advantages, config, generator
-    logs = update(*arguments, lambda: calls.append(None) or {"kl_of_update": 1.0})
+    logs = update(*arguments, lambda length: calls.append(None) or {"kl_of_update": 1.0})
     assert [log["step_skipped"] for log in logs] == [True, False] and len(calls) == 1
     assert "kl_of_update" not in logs[0] and logs[1]["kl_of_update"] == 1.0
 
