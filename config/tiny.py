@@ -95,8 +95,8 @@ def clean() -> ConfigDict:
     config = mvdream()
     config.pretrained.lora = ""
     config.prompts.num_train = 0
-    config.num_epochs = 6
-    config.val_freq = 3
+    config.num_epochs = 9
+    config.val_freq = 4
     config.train.learning_rate = 2e-3
     config.train.adam_beta1 = 0.9
     config.train.kl_per_update = 0.0

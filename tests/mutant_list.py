@@ -1145,6 +1145,12 @@ MUTANTS = [
             _BAD,
         ),
         (
+            "a critic that falls behind its painter",
+            "        if later:",
+            "        if False:",
+            "test_critic.py::test_a_critic_keeps_up_with_its_painter",
+        ),
+        (
             "rewards measured against those of the same epoch",
             "        if epoch == 0:\n            rows",
             "        if epoch >= 0:\n            rows",

@@ -14,7 +14,7 @@ from tests import children
 from tests.test_exact_gradient import PAINTERS, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS, make_mvdream, settings
-from tiny.critic import AREA_WEIGHT, Critic, CriticRun, Trust, paint_towards_worth, turned
+from tiny.critic import AREA_WEIGHT, Critic, CriticRun, Memory, Trust, paint_towards_worth, turned
 
 
 def a_critic_and_its_painter(config):
@@ -210,6 +210,17 @@ def test_shuffled_rewards_say_nothing_of_their_samples(run):
     torch.testing.assert_close(wanted.sort()[0], shuffled[:, 0].sort()[0])
 
 
+def test_a_critic_keeps_up_with_its_painter(run):
+    """Half of what it learns from is what was painted since."""
+    memory, generator = Memory(), torch.Generator().manual_seed(0)
+    samples = samples_of(run, PROMPTS[:4], [-0.3, -0.1, -0.6, -0.4], [-2.0, -1.0, -1.0, 0.0])
+    for later, share in ((False, 0), (True, 0.5 + 0.5 / 5)):
+        memory.add(samples.trajectory.take([0] if later else [0, 1, 2, 3]), torch.zeros(1 if later else 4, 2))
+        drawn = memory.draw(4000, generator)
+        assert drawn.min() == 0 and len(drawn) == 4000
+        assert float((drawn >= 4).float().mean()) == pytest.approx(share, abs=0.03)
+
+
 def test_nothing_is_learned_from_bad_samples_and_nothing_forgotten(run):
     samples = samples_of(run, PROMPTS[:4], [-0.3, -0.1, float("nan"), -0.4], [-2.0, -1.0, float("nan"), -1.5])
     for _ in range(2):
@@ -252,6 +263,7 @@ def test_the_command(world, tmp_path):
     assert metrics(tmp_path / "again", "update") == updates
     for flag, said in (
         (f"resume_from={tmp_path / 'run'}", "config.resume_from is set"),
+        ("mixed_precision=fp16", "config.mixed_precision is 'fp16', but this study learns in 'bf16' or 'no' only"),
         ("per_prompt_stat_tracking.min_count=1", "config.per_prompt_stat_tracking.min_count must be 2 or more"),
     ):
         refused = children.command("tiny.critic", [*line, f"--config.{flag}"], tmp_path)

@@ -35,6 +35,8 @@ class Ascent(ABC):
     def __init__(self, config: ConfigDict):
         if config.resume_from:
             raise UserError("config.resume_from is set, but this study is not resumed: leave it empty")
+        if config.mixed_precision == "fp16":  # its small gradients would have to be scaled
+            raise UserError("config.mixed_precision is 'fp16', but this study learns in 'bf16' or 'no' only")
         set_arithmetic(config)
         self.config = validate(config, 1)
         check_cameras(config)

@@ -3,7 +3,7 @@
     python -m tiny.critic --config config/tiny.py:clean [--config.KEY=VALUE ...]
 
 --first_steps  of the critic's training, 48 states each, on the samples of the first epoch (300)
---steps        of it in every other epoch (20)
+--steps        of it in every other epoch (40)
 --updates      of the painter in every epoch but the first, of config.train.batch_size captions each (20)
 --kl_weight    what a nat of KL to the base model costs, in standard deviations of a prompt's rewards (0.008)
 
@@ -161,6 +161,15 @@ class Memory:
         given = {name: torch.cat([one[name] for one in conditioning]) for name in conditioning[0]}
         return torch.cat(latents), given, torch.cat(truth)
 
+    def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """Indices (count,) of samples. Half are from after the first epoch, once there are any: all others show what
+        the painter was before it learned, and a critic that knows nothing else is soon wrong about what it paints."""
+        first, *later = (len(truth) for _, _, truth in self.epochs)
+        drawn = torch.randint(first + sum(later), (count,), generator=generator)
+        if later:
+            drawn[: count // 2] = torch.randint(first, first + sum(later), (count // 2,), generator=generator)
+        return drawn
+
 
 class Trust:
     """What a critic's word is worth, by what it said of samples that it had not learned from yet.
@@ -277,7 +286,7 @@ class CriticRun(Ascent):
         self.critic.train().requires_grad_(True)
         total = 0.0
         for _ in range(steps):
-            n = torch.randint(len(latents), (BATCH,), generator=generator)
+            n = self.memory.draw(BATCH, generator)
             x, noise = latents[n], torch.randn(BATCH, *latents.shape[1:], generator=generator)
             x = turned(x, generator)
             t = later[torch.randint(len(later), (BATCH,), generator=generator)]
@@ -301,7 +310,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("first_steps", 300, "Of the critic's training, in the first epoch.", lower_bound=1)
     flags.DEFINE_float("kl_weight", 0.008, "Price of a nat of KL to the base model.", lower_bound=0.0)
     flags.DEFINE_integer("updates", 20, "Of the painter, in every epoch but the first.", lower_bound=1)
-    flags.DEFINE_integer("steps", 20, "Of the critic's training, in every other epoch.", lower_bound=1)
+    flags.DEFINE_integer("steps", 40, "Of the critic's training, in every other epoch.", lower_bound=1)
 
 
 def main(args) -> None:
