@@ -47,15 +47,21 @@ def gain_products(gradients: torch.Tensor, momentum: torch.Tensor, accelerator: 
     """<g_i, D g_j> of the gradients (n, P) of all processes' N samples, and last <g_i, D m>: (N, N + 1) float64 on the
     CPU.
 
-    D is what Adam makes of a gradient: every weight is divided by the root of its mean square over samples. m: (P,),
-    the same in all processes."""
-    floor = FLOOR * accelerator.reduce(gradients.float().square().mean().to(accelerator.device), reduction="mean")
+    D is what Adam makes of a gradient, see `as_adam_scales`. m: (P,), the same in all processes."""
+    mean = accelerator.reduce(gradients.float().square().mean().to(accelerator.device), reduction="mean")
     total = 0.0
     for part, past in zip(gradients.split(TOGETHER, 1), momentum.split(TOGETHER), strict=True):
         everyones = accelerator.gather(part.float().to(accelerator.device))
-        scaled = everyones / (everyones.square().mean(0) + floor).sqrt()
+        scaled = as_adam_scales(everyones, everyones.square().mean(0), mean)
         total = total + (scaled @ torch.cat([everyones, past[None].to(everyones)]).T).double()
     return total.cpu()
+
+
+def as_adam_scales(vectors: torch.Tensor, squares: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Gradients or steps (..., P), divided by the root of each weight's mean square over samples, squares (P,).
+
+    mean: of all weights' mean squares, (), of which FLOOR is added."""
+    return vectors / (squares + FLOOR * mean).sqrt()
 
 
 def share_beyond_chance(products: torch.Tensor, advantages: torch.Tensor) -> float:

@@ -1057,8 +1057,8 @@ MUTANTS = [
         ),
         (
             "gradients as they are, without Adam's scaling",
-            "everyones / (everyones.square().mean(0) + floor).sqrt()",
-            "everyones",
+            "return vectors / (squares + FLOOR * mean).sqrt()",
+            "return vectors",
             "test_chance.py::test_products_are_of_gradients_as_adam_scales_them",
         ),
     ),

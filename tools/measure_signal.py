@@ -36,6 +36,7 @@ from config.batches import trainable_steps
 from config.errors import UserError
 from config.validate import check_folder, validate
 from ddpo.area import log_area, without
+from ddpo.chance import as_adam_scales
 from ddpo.files import write_whole
 from ddpo.matching import matching_transitions
 from ddpo.progress import Progress
@@ -51,7 +52,6 @@ from prompts.dataset import load_prompts
 
 HALVES = 24  # random halves of the captions
 SCALE = 2.0**16  # of losses, as a loss scaler's: in half precision gradients would underflow
-FLOOR = 1e-3  # of the mean square of a gradient, below which Adam's denominator is not let
 
 
 def backward(loss: torch.Tensor) -> None:
@@ -146,7 +146,7 @@ def update_step(gradients: torch.Tensor, advantages: torch.Tensor, area: torch.T
     """The direction (P,) of an update from gradients (N, P), as Adam scales it; area: (N,), None = not held."""
     step = (advantages if area is None else without(advantages, area)) @ gradients
     square = gradients.square().mean(0)
-    return step / (square + FLOOR * square.mean()).sqrt()
+    return as_adam_scales(step, square, square.mean())
 
 
 def foretell(
