@@ -22,7 +22,7 @@ SWEPT = {  # the keys that the paper's sweeps change, in words
     "train.total_batch_size": "samples per update",
     "kl_normalized_coeff": "weight of the KL",
 }
-JUDGES = {"silhouettes": "silhouettes ↓", "held_out": "held-out view ↓", "judge": "judge ↓"}
+JUDGES = {"silhouettes": "silhouettes ↓", "held_out": "held-out view ↓", "judge": "judge ↓", "met3r": "MEt3R ↓"}
 FURTHER = {**JUDGES, "diversity": "diversity ↑", "clip": "CLIP ↑"}  # columns of the table that there may be
 # The keys, and beginnings of keys, that samples and their rewards depend on, and those among them that change nothing,
 # so that they may be lowered if memory is short.

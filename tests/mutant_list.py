@@ -853,6 +853,21 @@ MUTANTS = [
         ),
     ),
     *_in(
+        "mrc/met3r_distance.py",
+        (
+            "nothing in common is perfect",
+            "torch.where(overlap.flatten(1).any(1), distances, 1.0)",
+            "distances",
+            "test_judges.py::test_met3r_is_asked_about_neighbours_and_never_calls_nothing_in_common_perfect",
+        ),
+        (
+            "views beside themselves",
+            "views.roll(-1, 1)",
+            "views",
+            "test_judges.py::test_met3r_is_asked_about_neighbours_and_never_calls_nothing_in_common_perfect",
+        ),
+    ),
+    *_in(
         "recon/cameras.py",
         (
             "cameras upside down",

@@ -263,7 +263,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
 
 def args_of(world, **changes):
     """Parsed flags; changes of flags, and of configuration keys with __ for the dot."""
-    own = dict(lora=[], prompts="", samples=SAMPLES, pictures=2, judge=None, judge_checkpoint=None, clip=None, out="")
+    own = dict(lora=[], prompts="", samples=SAMPLES, pictures=2, out="")
+    own |= dict(judge=None, judge_checkpoint=None, met3r=False, clip=None)
     keys = {key: value for key, value in changes.items() if key not in own}
     return SimpleNamespace(config=configuration(world, **keys), **{key: changes.get(key, own[key]) for key in own})
 
@@ -294,7 +295,8 @@ def broken_loras(world, folder):
     return {kind: str(folder / kind) for kind in (*kinds, "copy", "damaged")}
 
 
-def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world, tmp_path):
+def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "met3r", None)  # as if it were not installed
     lora = broken_loras(world, tmp_path)
     (tmp_path / "file").touch()
     shutil.copytree(world / "clip", tmp_path / "half")
@@ -313,6 +315,7 @@ def test_mistakes_are_answered_with_a_sentence_before_anything_is_written(world,
         (dict(judge="lgm"), "--judge and --judge_checkpoint belong together"),
         (dict(judge="lgm", judge_checkpoint="x"), "--judge=lgm cannot judge the painter 'mv_sdxl': elevations are"),
         (dict(judge="tiny_lrm", judge_checkpoint="nowhere"), "--judge cannot be loaded: .*'nowhere' has no"),
+        (dict(met3r=True), "--met3r cannot be loaded: the package met3r could not be loaded .*: install it with `pip"),
         (dict(clip="nowhere"), "--clip cannot be loaded: 'nowhere' is neither a folder nor a hub id"),
         (dict(clip=str(world / "painter/text_encoder")), "is not a CLIP that transformers can load"),
         (dict(clip=str(tmp_path / "half")), "lacks 1 weights of a CLIP"),

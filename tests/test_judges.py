@@ -1,5 +1,8 @@
 """The judges beside the reward: near zero on exact views, rising with distortions that are known."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +10,7 @@ import torch.nn.functional as F
 from ddpo.evaluation import BASE, doubtful
 from mrc.judges import diversity, held_out_distance, judge_views, silhouette_disagreement, visual_hull
 from mrc.lpips import LPIPS
+from mrc.met3r_distance import SIZE, MEt3RDistance
 from mrc.mrc import MRC
 from recon.cameras import instant3d_cameras, mvdream_cameras, rays
 from recon.grm import GRM
@@ -85,6 +89,34 @@ def test_the_second_reconstructor_sees_what_contradicts(views):
     assert exact.mean() < 0.18
     for distorted in (shrink(views), recolour(views), shift(views, 8), views[:, [1, 0, 2, 3]]):
         assert (-second(distorted).reward > exact).all()
+
+
+class PairDistance(torch.nn.Module):
+    """What the package met3r is called with, and returns, but of pixels: mean difference of dark places."""
+
+    def __init__(self, img_size, **settings):
+        super().__init__()
+        assert img_size == SIZE and settings["backbone"] == "mast3r" and settings["distance"] == "cosine"
+
+    def forward(self, images, return_overlap_mask):
+        B, *shape = images.shape
+        assert shape == [2, 3, SIZE, SIZE] and images.min() < -0.5 and images.max() <= 1 and return_overlap_mask
+        overlap = (images < -0.5).any(2).all(1).float()
+        difference = (images[:, 0] - images[:, 1]).abs().mean(1)
+        return (difference * overlap).sum((1, 2)) / (overlap.sum((1, 2)) + 1e-5), overlap
+
+
+def test_met3r_is_asked_about_neighbours_and_never_calls_nothing_in_common_perfect(monkeypatch):
+    monkeypatch.setitem(sys.modules, "met3r", SimpleNamespace(MEt3R=PairDistance))
+    distance = MEt3RDistance("cpu")
+    views = torch.ones(2, 4, 3, 64, 64)
+    for v, shade in enumerate((0.0, 0.1, 0.2, 0.0)):
+        views[:, v, :, 16:48, 16:48] = shade
+    views[1, 2, :, 16:48, 16:48] = 1.0  # nothing is seen in it, nor in common with its two neighbours
+    expected = [(0.2 + 0.2 + 0.4 + 0.0) / 4, (0.2 + 1 + 1 + 0.0) / 4]
+    assert distance(views).tolist() == pytest.approx(expected, abs=0.02)  # edges are between the shades
+    views = views[:1]
+    assert distance(views[:, [0, 3, 1, 2]]) < distance(views[:, [0, 2, 3, 1]])  # the order of the views counts
 
 
 def test_all_judges_that_apply(views, judge, monkeypatch):

@@ -8,6 +8,7 @@
 --pictures          how many of the prompts are shown, from the first (8)
 --judge             another reconstructor that judges the same views, by its config.recon.name
 --judge_checkpoint  its weights
+--met3r             also judge by MEt3R, a package of its own: mrc/met3r_distance.py
 --clip              folder or hub id of a CLIP that compares the views with their caption
 --out               folder for the results (logs/evaluate)
 
@@ -32,7 +33,8 @@ errors over prompts:
     foreground   relative change of the share of the views that the object covers
     empty        share of the samples with an empty view
     silhouettes, held-out view    see mrc/judges.py; with MRC they are asked of every painter
-    judge, CLIP  MRC by --judge, and cosine between caption and views by --clip
+    judge        MRC by --judge
+    MEt3R, CLIP  feature distance of neighbouring views by --met3r, and cosine between caption and views by --clip
     diversity    mean LPIPS between the samples of a prompt, if it has several that fit into config.sample.batch_size
 behind each of these the difference to the base
 """
@@ -65,6 +67,7 @@ from diffusers_patch.loading import load_painter
 from diffusers_patch.rollout import rollout
 from mrc.clip_similarity import CLIPSimilarity
 from mrc.judges import diversity
+from mrc.met3r_distance import MEt3RDistance
 from mrc.mrc import resize_views
 from mrc.rewards import load_reward
 from prompts.dataset import load_prompts
@@ -132,12 +135,13 @@ def judge_config(config: ConfigDict, name: str | None, checkpoint: str | None) -
 
 
 def load_measure(
-    config: ConfigDict, judge: ConfigDict | None, clip: str | None, several: bool, device: torch.device
+    config: ConfigDict, judge: ConfigDict | None, met3r: bool, clip: str | None, several: bool, device: torch.device
 ) -> Callable:
     """A function (views (B, V, 3, S, S) in [0, 1], captions) -> ({quantity: (B,)}, renders (B, V, 3, S, S)).
 
     several: every caption comes several times, so that there is a diversity."""
     similarity = _load("--clip", CLIPSimilarity, clip, device) if clip else None
+    neighbours = _load("--met3r", MEt3RDistance, device) if met3r else None
     second = _load("--judge", load_reward, judge, device) if judge else None
     first = load_reward(config, device)
 
@@ -147,6 +151,8 @@ def load_measure(
         values = {"mrc": -result.reward, "foreground": foreground, "empty": empty, **result.judges}
         if second:
             values["judge"] = -second(views, captions).reward
+        if neighbours:
+            values["met3r"] = neighbours(views)
         if several:
             values["diversity"] = diversity(views.to(first.judge.reconstructor.device), captions, first.judge.lpips)
         if similarity:
@@ -185,6 +191,7 @@ class Evaluation:
             "--samples": samples,
             "--judge": args.judge,
             "--judge_checkpoint": args.judge_checkpoint,
+            "--met3r": args.met3r,
             "--clip": args.clip,
         }
         keys = relevant_keys(config, "lora.", "train.skip_last_steps", "kl_estimator")
@@ -193,7 +200,7 @@ class Evaluation:
 
         set_arithmetic(config)
         several = 1 < samples <= config.sample.batch_size
-        self.measure = load_measure(config, judge, args.clip, several, device)
+        self.measure = load_measure(config, judge, args.met3r, args.clip, several, device)
         self.policy = load_painter(config, device)
         self.policy.add_lora(config.lora.rank, config.lora.targets)
         for folder in args.lora:
@@ -300,6 +307,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("pictures", 8, "How many of the prompts are shown.", lower_bound=0)
     flags.DEFINE_enum("judge", None, CHOICES["recon.name"], "A second reconstructor.")
     flags.DEFINE_string("judge_checkpoint", None, "Weights of the second reconstructor.")
+    flags.DEFINE_boolean("met3r", False, "Also judge by MEt3R.")
     flags.DEFINE_string("clip", None, "Folder or hub id of a CLIP.")
     flags.DEFINE_string("out", "logs/evaluate", "Folder for the results.")
 
