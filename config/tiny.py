@@ -20,9 +20,9 @@ def grid() -> ConfigDict:
     """64 samples per epoch of 8 steps, whatever the number of processes."""
     config = base.get_config()
 
-    config.num_epochs = 20
-    config.save_freq = 10
-    config.val_freq = 10
+    config.num_epochs = 28
+    config.save_freq = 14
+    config.val_freq = 14
     config.mixed_precision = "bf16"
     config.tracker = "none"
     config.report = True
@@ -95,7 +95,7 @@ def clean() -> ConfigDict:
     config = mvdream()
     config.pretrained.lora = ""
     config.prompts.num_train = 0
-    config.num_epochs = 9
+    config.num_epochs = 12
     config.val_freq = 4
     config.train.learning_rate = 2e-3
     config.train.adam_beta1 = 0.9

@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 
 SHUFFLES = 1000
 WHOLE = 0.15  # share beyond chance of a step that has the length which the learning rate or kl_per_update gives
-DEVIATIONS = 3.0  # of the gains of shuffled advantages that are left to chance, beside their mean
+DEVIATIONS = 2.5  # of the gains of shuffled advantages that are left to chance, beside their mean
 FLOOR = 1e-3  # of the mean square of a gradient, below which Adam's denominator is not let
 TOGETHER = 2**18  # parameters whose gradients are gathered at a time
 
