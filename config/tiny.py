@@ -79,7 +79,7 @@ def mvdream() -> ConfigDict:
     config.painter.azimuth_start = 315.0  # 225 degrees as the reconstructor counts
     config.pretrained.model = "tiny/weights/mvdream"
     config.pretrained.lora = "tiny/weights/mvdream_defect"
-    # as its runs in tiny/README.md were made: with steps of one length, and without momentum, which would come too late
+    # 64 samples of it say too little for steps beyond chance; momentum would come too late for so few of one length
     config.num_epochs, config.save_freq, config.val_freq = 16, 8, 8
     config.train.adam_beta1 = 0.0
     config.train.kl_per_update = 0.02

@@ -6,7 +6,7 @@ import torch
 from transformers import AutoTokenizer, CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from config.errors import UserError
+from config.errors import UserError, first_line
 from mrc.mrc import resize_views
 
 
@@ -25,8 +25,9 @@ class CLIPSimilarity:
             self.tokenizer = AutoTokenizer.from_pretrained(path)
             model, found = CLIPModel.from_pretrained(path, output_loading_info=True)
         except Exception as error:  # of many kinds: not there, not downloaded, not a CLIP, damaged
-            reason = str(error).partition("\n")[0].rstrip(".:")
-            raise UserError(f"{path!r} is not a CLIP that transformers can load ({reason}): {remedy}") from error
+            raise UserError(
+                f"{path!r} is not a CLIP that transformers can load ({first_line(error)}): {remedy}"
+            ) from error
         if found["missing_keys"]:  # which transformers would fill with random numbers
             raise UserError(f"{path!r} lacks {len(found['missing_keys'])} weights of a CLIP: {remedy}")
         self.model = model.requires_grad_(False).eval().to(device)

@@ -12,7 +12,7 @@ consistent. A number of its own means little; compare painters on the same promp
 
 import torch
 
-from config.errors import UserError
+from config.errors import UserError, first_line
 from mrc.mrc import resize_views
 
 SIZE = 256  # pixels per side of the views that it compares, as published
@@ -39,8 +39,7 @@ class MEt3RDistance:
                 freeze=True,
             ).to(device)
         except Exception as error:  # of many kinds: not installed, not downloaded, built for another torch
-            reason = str(error).partition("\n")[0].rstrip(".:")
-            raise UserError(f"the package met3r could not be loaded ({reason}): {REMEDY}") from error
+            raise UserError(f"the package met3r could not be loaded ({first_line(error)}): {REMEDY}") from error
         self.device = device
 
     @torch.no_grad()
