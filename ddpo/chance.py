@@ -8,6 +8,8 @@ random. With momentum the step has a part that these samples had no share in, an
 direction that was found before and is confirmed tells most.
 """
 
+import math
+
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
@@ -22,15 +24,16 @@ TOGETHER = 2**18  # parameters whose gradients are gathered at a time
 
 def beyond_chance(
     gradients: torch.Tensor, advantages: torch.Tensor, momentum: torch.Tensor, accelerator: Accelerator
-) -> float:
-    """The share, from 0 to 1 and the same in all processes, of a step's gain that chance does not explain.
+) -> tuple[float, float]:
+    """The share, from 0 to 1, of a step's gain that chance does not explain, and by how many standard deviations the
+    gain is above what chance gives on average; both the same in all processes, see `share_beyond_chance`.
 
     gradients (n, P) and advantages (n,) of this process's samples; all processes have as many. momentum: (P,) what the
     step has beside the sum over all samples of advantage times gradient, see `momentum_of`."""
     products = gain_products(gradients, momentum, accelerator)
     everyones = accelerator.gather(advantages.to(accelerator.device)).cpu().double()
-    share = torch.tensor(share_beyond_chance(products, everyones), device=accelerator.device)
-    return float(broadcast(share))
+    found = torch.tensor(share_beyond_chance(products, everyones), device=accelerator.device)
+    return tuple(broadcast(found).tolist())
 
 
 def momentum_of(optimizer: torch.optim.Optimizer, count: int, scale: float = 1.0) -> torch.Tensor:
@@ -64,12 +67,12 @@ def as_adam_scales(vectors: torch.Tensor, squares: torch.Tensor, mean: torch.Ten
     return vectors / (squares + FLOOR * mean).sqrt()
 
 
-def share_beyond_chance(products: torch.Tensor, advantages: torch.Tensor) -> float:
+def share_beyond_chance(products: torch.Tensor, advantages: torch.Tensor) -> tuple[float, float]:
     """The share of the gain A' (G A + m) that its mean and DEVIATIONS standard deviations over shuffles of A do not
-    explain.
+    explain, and its distance from this mean in these standard deviations.
 
-    products: G and m, (N, N + 1), see `gain_products`; advantages: A (N,), of the same type. 0 if nothing is left, or
-    the gain is not a number."""
+    products: G and m, (N, N + 1), see `gain_products`; advantages: A (N,), of the same type. The share is 0 if nothing
+    is left, and both are if the gain is not a number or does not depend on the order."""
     generator = torch.Generator().manual_seed(0)  # the same shuffles every time
     orders = torch.stack([torch.randperm(len(advantages), generator=generator) for _ in range(SHUFFLES)])
 
@@ -77,5 +80,8 @@ def share_beyond_chance(products: torch.Tensor, advantages: torch.Tensor) -> flo
         return (a * (a @ products[:, :-1].T + products[:, -1])).sum(1)
 
     by_chance, gain = gains(advantages[orders]), float(gains(advantages[None]))
-    explained = float(by_chance.mean() + DEVIATIONS * by_chance.std())
-    return max(0.0, 1 - explained / gain) if gain > 0 else 0.0
+    mean, deviation = float(by_chance.mean()), float(by_chance.std())
+    if not deviation > 0 or not math.isfinite(gain):
+        return 0.0, 0.0
+    share = 1 - (mean + DEVIATIONS * deviation) / gain if gain > 0 else 0.0
+    return max(0.0, share), (gain - mean) / deviation

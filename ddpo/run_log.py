@@ -136,7 +136,8 @@ class RunLog:
         if updates:
             learning = f"loss {updates[-1]['loss']:+.4f}  grad {updates[-1]['grad_norm']:.2e}"
             if "beyond_chance" in updates[-1]:
-                learning += f"  beyond chance {updates[-1]['beyond_chance']:.2f}"
+                share, deviations = (updates[-1][name] for name in ("beyond_chance", "deviations_above_chance"))
+                learning += f"  beyond chance {share:.2f} ({deviations:+.1f} sd)"
             skipped = sum(statistics["step_skipped"] for statistics in updates)
             learning += f"  ({skipped} of {len(updates)} steps skipped: gradient not finite)" if skipped else ""
         times = " ".join(f"{name} {value:.1f}s" for name, value in seconds.items())

@@ -79,8 +79,8 @@ def update_from_gradients(
     if steps_beyond_chance(config):
         scale = accelerator.scaler.get_scale() if accelerator.scaler else 1.0
         momentum = momentum_of(optimizer, len(advantages) * accelerator.num_processes, scale)
-        share = beyond_chance(gradients, advantages, momentum, accelerator)
-        length, found = share / WHOLE, {"beyond_chance": share}
+        share, deviations = beyond_chance(gradients, advantages, momentum, accelerator)
+        length, found = share / WHOLE, {"beyond_chance": share, "deviations_above_chance": deviations}
     set_gradient(parameters, -(advantages @ gradients).to(policy.device))
     average_gradients(parameters, accelerator, len(advantages))
     loss = -accelerator.reduce(advantages.mean().to(accelerator.device), reduction="mean")

@@ -1043,15 +1043,21 @@ MUTANTS = [
     ),
     *_in(
         "ddpo/chance.py",
-        ("chance that is its mean alone", "DEVIATIONS * by_chance.std()", "0 * by_chance.std()", _CHANCE),
+        ("chance that is its mean alone", "DEVIATIONS * deviation", "0 * deviation", _CHANCE),
         (
             "chance that is never shuffled",
             "torch.randperm(len(advantages), generator=generator)",
             "torch.arange(len(advantages))",
             _CHANCE,
         ),
-        ("chance that explains nothing", "max(0.0, 1 - explained / gain)", "1.0", _CHANCE),
-        ("steps against the gain", "max(0.0, 1 -", "max(-1.0, 1 -", _CHANCE),
+        ("chance that explains nothing", "return max(0.0, share)", "return 1.0", _CHANCE),
+        ("steps against the gain", "max(0.0, share)", "max(-1.0, share)", _CHANCE),
+        (
+            "deviations from nothing instead of from chance",
+            "(gain - mean) / deviation",
+            "gain / deviation",
+            _CHANCE,
+        ),
         (
             "a past that nobody asks",
             " + products[:, -1]",
@@ -1068,7 +1074,7 @@ MUTANTS = [
             "samples that are compared within a process alone",
             "accelerator.gather(part.float().to(accelerator.device))",
             "part.float().repeat(accelerator.num_processes, 1)",
-            "test_chance.py::test_all_processes_have_the_share_of_all_samples",
+            "test_chance.py::test_all_processes_find_what_all_samples_say",
         ),
         (
             "gradients as they are, without Adam's scaling",

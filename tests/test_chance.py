@@ -69,14 +69,17 @@ def test_chance_is_what_all_shuffles_foretell(monkeypatch):
     gains = (advantages[orders] @ gram * advantages[orders]).sum(1) + advantages[orders] @ past
     share = 1 - (gains.mean() + 0.5 * gains.std()) / (advantages @ gram @ advantages + advantages @ past)
     assert 0.1 < share < 0.9
+    deviations = (advantages @ gram @ advantages + advantages @ past - gains.mean()) / gains.std()
     found = share_beyond_chance(torch.cat([gram, past[:, None]], 1), advantages)
-    assert found == pytest.approx(float(share), abs=0.03)
+    assert found == (pytest.approx(float(share), abs=0.03), pytest.approx(float(deviations), rel=0.1))
 
 
 def test_rewards_that_say_nothing_move_nothing(one):
-    nothing = [beyond_chance(*samples(0.0, seed, weights=50), one) for seed in range(200)]
-    assert min(nothing) == 0 and sum(share > 0 for share in nothing) <= 8
-    shares = [beyond_chance(*samples(signal, 0), one) for signal in (0.5, 0.7, 0.9)]
+    found = torch.tensor([beyond_chance(*samples(0.0, seed, weights=50), one) for seed in range(200)])
+    nothing, deviations = found.T
+    assert nothing.min() == 0 and (nothing > 0).sum() <= 8
+    assert abs(deviations.mean()) < 0.25 and 0.8 < deviations.std() < 1.2
+    shares = [beyond_chance(*samples(signal, 0), one)[0] for signal in (0.5, 0.7, 0.9)]
     assert 0.03 < shares[0] < shares[1] < shares[2] < 1
 
 
@@ -86,42 +89,42 @@ def test_a_direction_that_is_confirmed_tells_more(one):
     shares = []
     for past in (-20.0, 0.0, 20.0):
         momentum[0] = past
-        shares.append(beyond_chance(gradients, advantages, momentum, one))
+        shares.append(beyond_chance(gradients, advantages, momentum, one)[0])
     assert shares[0] < shares[1] < shares[2]
 
 
-def test_the_share_has_no_unit(one):
+def test_what_is_found_has_no_unit(one):
     """A loss scaler scales gradients, and advantages are in standard deviations of whatever reward."""
     gradients, advantages, momentum = samples(0.9, 0)
     momentum[0] = 1.0
-    share = beyond_chance(gradients, advantages, momentum, one)
+    found = beyond_chance(gradients, advantages, momentum, one)
     scaled = beyond_chance(2**10 * gradients, 0.1 * advantages, 2**10 * 0.1 * momentum, one)
-    assert scaled == pytest.approx(share, rel=1e-4)
+    assert scaled == pytest.approx(found, rel=1e-4)
 
 
 @pytest.mark.parametrize("spoil", [0.0, float("nan"), float("inf")])
 def test_nothing_is_beyond_chance_in_gradients_that_are_no_numbers(one, spoil):
     gradients, advantages, momentum = samples(0.9, 0)
-    assert beyond_chance(spoil * gradients, advantages, momentum, one) == 0
-    assert beyond_chance(gradients, 0 * advantages, momentum, one) == 0
+    assert beyond_chance(spoil * gradients, advantages, momentum, one) == (0, 0)
+    assert beyond_chance(gradients, 0 * advantages, momentum, one) == (0, 0)
 
 
-def share_of_a_process(folder, gradients, advantages, momentum, environment):
+def what_a_process_finds(folder, gradients, advantages, momentum, environment):
     """A rank's part of the test below."""
     os.environ.update(environment)
     accelerator = Accelerator(cpu=True)
     with accelerator.split_between_processes(torch.arange(len(advantages))) as mine:
-        share = beyond_chance(gradients[mine], advantages[mine], momentum, accelerator)
-    save_file({"share": torch.tensor(share)}, folder / f"{accelerator.process_index}.safetensors")
+        found = beyond_chance(gradients[mine], advantages[mine], momentum, accelerator)
+    save_file({"found": torch.tensor(found)}, folder / f"{accelerator.process_index}.safetensors")
 
 
-def test_all_processes_have_the_share_of_all_samples(one, tmp_path):
+def test_all_processes_find_what_all_samples_say(one, tmp_path):
     given = samples(0.9, 0)
-    for rank in children.start_ranks(share_of_a_process, 2, tmp_path, *given):
+    for rank in children.start_ranks(what_a_process_finds, 2, tmp_path, *given):
         rank.join()
         assert rank.exitcode == 0
-    found = [float(load_file(tmp_path / f"{rank}.safetensors")["share"]) for rank in range(2)]
-    assert found[0] == found[1] == pytest.approx(beyond_chance(*given, one), rel=1e-5)
+    found = [load_file(tmp_path / f"{rank}.safetensors")["found"].tolist() for rank in range(2)]
+    assert found[0] == found[1] == pytest.approx(list(beyond_chance(*given, one)), rel=1e-5)
 
 
 def test_steps_of_a_run_are_as_long_as_their_shares(world, tmp_path):
@@ -146,5 +149,5 @@ def test_steps_of_a_run_are_as_long_as_their_shares(world, tmp_path):
 def train_with_shares(values, shares):
     """`children.train`, whose updates are beyond chance by these shares."""
     share = iter(shares)
-    ddpo.update.beyond_chance = lambda *of_an_update: next(share)
+    ddpo.update.beyond_chance = lambda *of_an_update: (next(share), 3.0)
     children.train(values)
