@@ -4,6 +4,7 @@
     --config config/tiny.py:mvdream      the small MVDream, which paints separate views
     --config config/tiny.py:clean        the same without a planted defect, for tiny/critic.py
     --config config/tiny.py:exact        and for tiny/exact_gradient.py
+    --config config/tiny.py:best         and for tiny/best_of_n.py
 
 Only what differs from the paper's run (config/base.py) is written here. What the small world needs beyond the paper are
 keys that also work at scale: weights by noise level, skipped last step, a step size calibrated in KL, LoRA on
@@ -117,9 +118,24 @@ def exact() -> ConfigDict:
     return config
 
 
+def best() -> ConfigDict:
+    """The same for tiny/best_of_n.py: each epoch has all prompts eight times, and learns from the best of eight."""
+    config = clean()
+    config.num_epochs = 2
+    config.val_freq = 1
+    config.sample.total_batch_size = 1024
+    config.train.total_batch_size = 16
+    config.train.num_inner_epochs = 12
+    config.train.timestep_fraction = 0.5
+    config.train.timesteps_per_forward = 2
+    config.train.objective = "awm"
+    config.train.learning_rate = 5e-4
+    return config
+
+
 def get_config(name: str = "grid") -> ConfigDict:
     """The run called `name`. Raises UserError when there is no such run."""
-    runs = {run.__name__: run for run in (grid, mvdream, clean, exact)}
+    runs = {run.__name__: run for run in (grid, mvdream, clean, exact, best)}
     if name not in runs:
         raise UserError(f"config/tiny.py has no run {name!r}: write one of {', '.join(runs)}")
     return runs[name]()

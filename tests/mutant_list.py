@@ -1194,6 +1194,33 @@ MUTANTS = [
         ),
     ),
     *_in(
+        "tiny/best_of_n.py",
+        (
+            "the worst of n",
+            "best = {}",
+            "best, values = {}, -values",
+            "test_best_of_n.py::test_the_best_of_each_prompt_is_kept",
+        ),
+        (
+            "samples that are chosen for their size",
+            "without(worth[good], area[good])",
+            "worth[good]",
+            "test_best_of_n.py::test_a_sample_is_not_chosen_for_its_size_where_area_is_held",
+        ),
+        (
+            "a control that chooses bad samples",
+            ".where(worth.isfinite(), torch.nan)",
+            "",
+            "test_best_of_n.py::test_a_control_chooses_by_lot",
+        ),
+        (
+            "what was left learned instead of the best",
+            "samples.trajectory.take(chosen)",
+            "samples.trajectory.take(chosen - 1)",
+            "test_best_of_n.py::test_what_was_chosen_becomes_likelier",
+        ),
+    ),
+    *_in(
         "tiny/exact_gradient.py",
         ("growth that is climbed", "- self.area_control.penalty() *", "+ self.area_control.penalty() *", _DIRECTION),
         ("area that is climbed", "without(wanted, area)", "wanted", _DIRECTION),

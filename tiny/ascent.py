@@ -1,4 +1,4 @@
-"""Runs that are told where to go: the frame of tiny/exact_gradient.py and tiny/critic.py.
+"""Runs that are told where to go: the frame of tiny/exact_gradient.py, tiny/critic.py and tiny/best_of_n.py.
 
 All but the updates is that of a training run: prompts, noise and validations. So is the folder, in which
 `python -m tiny.evaluate` compares before and after. Such a run is one process and not resumed.
@@ -73,11 +73,14 @@ class Ascent(ABC):
             self.policy, reward_fn, prompts, generators, self.config, score_reference=True, keep_images=keep_images
         )
 
+    def draw_prompts(self, epoch: int) -> list[str]:
+        """What an epoch paints: what a training run would."""
+        return epoch_prompts(self.prompts, self.config, epoch, 1)
+
     def epoch(self, epoch: int) -> None:
-        """Paint as a training run does, and learn."""
-        config = self.config
-        prompts = epoch_prompts(self.prompts, config, epoch, 1)
-        samples = self.paint(self.reward_fn, prompts, config.seed, NOISE, epoch)
+        """Paint, and learn."""
+        prompts = self.draw_prompts(epoch)
+        samples = self.paint(self.reward_fn, prompts, self.config.seed, NOISE, epoch)
         start = time.perf_counter()
         updates = self.update(epoch, samples, prompts)
         seconds = {**samples.seconds, "update": time.perf_counter() - start}

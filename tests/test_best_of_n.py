@@ -1,0 +1,103 @@
+"""Expert iteration: what is chosen of a painter's samples, and that it is learned."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests import children
+from tests.test_exact_gradient import PAINTERS, configuration
+from tests.test_training import metrics
+from tests.tiny_models import PROMPTS, make_mvdream, settings
+from tiny.best_of_n import BestOfN, best_of_each
+
+NAN = float("nan")
+
+
+def test_the_best_of_each_prompt_is_kept():
+    prompts = ["a", "b", "a", "b", "a", "c", "c"]
+    values = torch.tensor([-0.3, NAN, -0.1, -0.9, -0.2, NAN, NAN])
+    assert best_of_each(values, prompts).tolist() == [2, 3]
+
+
+@pytest.fixture
+def run(world, tmp_path):
+    return BestOfN(configuration(world, tmp_path, "mvdream", train__objective="awm", train__learning_rate=1e-3))
+
+
+def samples_of(run, prompts, reward, area):
+    """What an epoch painted, with these rewards and log areas (N,)."""
+    samples = run.paint(run.reward_fn, prompts, 0)
+    return replace(samples, reward=torch.tensor(reward), foreground=torch.tensor(area).exp()[:, None].expand(-1, 4))
+
+
+@pytest.mark.parametrize("hold", [True, False])
+def test_a_sample_is_not_chosen_for_its_size_where_area_is_held(run, hold):
+    run.config.train.hold_foreground = hold
+    prompts, areas = ["a", "a", "a", "b", "b", "b"], [-3.0, -2.0, -1.0, -2.0, -1.5, -1.0]
+    wanted = torch.tensor([0.1, -0.2, 0.1, 0.05, -0.1, 0.05])  # which no area explains
+    rewards = wanted + 0.5 * torch.tensor(areas)  # the largest are rewarded most
+    worth = run.worth(0, samples_of(run, (PROMPTS * 2)[:6], rewards.tolist(), areas), prompts)
+    if hold:
+        torch.testing.assert_close(worth, wanted)
+    else:
+        assert best_of_each(worth, prompts).tolist() == [2, 5]
+
+
+def test_a_control_chooses_by_lot(run):
+    """Good samples alone, anew in every epoch."""
+    samples = samples_of(run, PROMPTS[:4], [-0.3, -0.1, NAN, -0.4], [-2.0, -1.0, NAN, -1.5])
+    run.config.shuffle_advantages = True
+    chosen = [best_of_each(run.worth(epoch, samples, ["a"] * 4), ["a"] * 4).tolist() for epoch in range(30)]
+    assert sorted({one for (one,) in chosen}) == [0, 1, 3]
+
+
+def test_what_was_chosen_becomes_likelier(run):
+    """The model foretells its picture better than before, and gains more of it than of one that was left."""
+    run.config.train.num_inner_epochs = 40
+    samples = samples_of(run, PROMPTS[:1] * 2, [-0.3, -0.1], [-2.0, -2.0])
+    pictures = samples.trajectory.latents[:, -1].repeat(50, *[1] * 4)
+    conditioning = run.policy.encode(PROMPTS[:1] * 100)
+
+    @torch.no_grad()
+    def errors():
+        scheduler, generator = run.policy.scheduler, torch.Generator().manual_seed(0)
+        scheduler.set_timesteps(run.config.sample.num_steps)
+        t = scheduler.timesteps[torch.arange(100) // 2 % len(scheduler.timesteps)]
+        noise = torch.randn(pictures.shape, generator=generator)
+        said = run.policy.predict(
+            scheduler.add_noise(pictures, noise, t), t, conditioning, run.config.sample.guidance_scale
+        )
+        return (said - noise).square().flatten(1).mean(1).view(-1, 2).mean(0)
+
+    before = errors()
+    updates = run.update(0, samples, PROMPTS[:1] * 2)
+    left, chosen = before - errors()
+    assert len(updates) == 40
+    assert chosen > 0 and chosen > left, (chosen, left)
+
+
+def test_the_command(world, tmp_path):
+    values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
+    values |= {
+        "num_epochs": 2,
+        "per_prompt_stat_tracking.min_count": 2,
+        "sample.num_steps": 2,
+        "train.objective": "awm",
+        "train.hold_foreground": True,
+        "train.num_inner_epochs": 3,
+        "kl_estimator": "analytic",
+    }
+    line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    done = children.command("tiny.best_of_n", line, tmp_path)
+    assert done.returncode == 0, done.stderr
+    epochs, updates = metrics(tmp_path / "run", "epoch"), metrics(tmp_path / "run", "update")
+    assert [one["epoch"] for one in epochs] == [0, 1] and {one["epoch"] for one in updates} == {0, 1}
+    assert all(one["grad_norm"] > 0 for one in updates) and epochs[1]["kl_mean"] > 0 == epochs[0]["kl_mean"]
+    assert done.stdout.count("best of each: ") == 2
+    for flag, said in (
+        ("train.objective=ddpo", "config.train.objective is 'ddpo', but"),
+        ("per_prompt_stat_tracking.min_count=1", "config.per_prompt_stat_tracking.min_count must be 2 or more"),
+    ):
+        refused = children.command("tiny.best_of_n", [*line, f"--config.{flag}"], tmp_path)
+        assert refused.returncode == 2 and said in refused.stderr

@@ -1,0 +1,98 @@
+"""What can be learned from the best of n samples alone?
+
+    python -m tiny.best_of_n --config config/tiny.py:best [--config.KEY=VALUE ...]
+
+Each epoch paints every training prompt n = config.per_prompt_stat_tracking.min_count times, keeps the sample of each
+with the highest reward, and finetunes the painter on what was kept, in config.train.num_inner_epochs passes: expert
+iteration, and the reward-weighted regression that DDPO was compared with (Black et al. 2023, arXiv:2305.13301, section
+4), its weights being 1 for the best of a prompt and 0 for the others. The finetuning is advantage-weighted matching,
+ddpo/matching.py, whose loss is that of a pretraining with such weights.
+
+It tells whether the weights can express what some samples show: the noise of single rewards, which drowns a policy
+gradient, only makes the choice a little worse. Where area is held, a sample is chosen for what its reward is beside
+what area explains of it. With config.shuffle_advantages the choice is made by lot, as a control. How the run goes on
+otherwise, and what it leaves: tiny/ascent.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from config import cli
+from config.errors import UserError
+from ddpo.area import log_area, without
+from ddpo.sampling import SHUFFLE_ADVANTAGES, SHUFFLE_SAMPLES, Samples, epoch_prompts, make_generator
+from ddpo.update import update
+from tiny.ascent import Ascent
+
+
+def best_of_each(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """The indices (n,) of the samples whose value (N,) is the highest of their prompt's; those of NaN are left out, and
+    prompts that have no others."""
+    best = {}
+    for i, prompt in enumerate(prompts):
+        if values[i] > (values[best[prompt]] if prompt in best else -torch.inf):
+            best[prompt] = i
+    return torch.tensor(list(best.values()), dtype=torch.long)
+
+
+def beside_others(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+    """Values (N,) less the mean of their prompt's; NaNs are not counted."""
+    means = {prompt: values[[name == prompt for name in prompts]].nanmean() for prompt in dict.fromkeys(prompts)}
+    return values - torch.stack([means[prompt] for prompt in prompts])
+
+
+def log_areas(samples: Samples) -> torch.Tensor:
+    """See `ddpo.area.log_area`: (N,)."""
+    return torch.from_numpy(log_area(samples.foreground.cpu().numpy())).float()
+
+
+class BestOfN(Ascent):
+    """A run whose painter becomes the best of its own samples."""
+
+    def draw_prompts(self, epoch: int) -> list[str]:
+        """All prompts n times in every epoch, as a training run does in its first."""
+        return epoch_prompts(self.prompts, self.config, 0, 1)
+
+    def worth(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> torch.Tensor:
+        """What the samples are chosen by (N,): reward beside that of their prompt's others, without what area explains
+        of it, or chance alone. NaN where the reward is."""
+        worth = beside_others(samples.reward.cpu().float(), prompts)
+        if self.config.train.hold_foreground:
+            area = beside_others(log_areas(samples), prompts)
+            good = worth.isfinite()
+            worth[good] = without(worth[good], area[good])
+        if self.config.shuffle_advantages:
+            generator = make_generator(self.config.seed, SHUFFLE_ADVANTAGES, epoch)
+            worth = torch.rand(len(worth), generator=generator).where(worth.isfinite(), torch.nan)
+        return worth
+
+    def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
+        """Finetune on the best; arguments and result as of `Ascent.update`."""
+        chosen = best_of_each(self.worth(epoch, samples, prompts), prompts)
+        rewards, areas = samples.reward.cpu(), log_areas(samples)
+        self.log.say(
+            f"best of each: {len(chosen)} of {len(prompts)} samples, reward {rewards[chosen].mean():+.4f} instead of "
+            f"{rewards.nanmean():+.4f}, objects {100 * float(areas[chosen].mean() - areas.mean()):+.1f} % larger"
+        )
+        generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch)
+        given = samples.trajectory.take(chosen), torch.ones(len(chosen)), self.config, generator
+        return update(self.policy, self.optimizer, self.accelerator, *given, show_progress=True)
+
+
+def main(args) -> None:
+    """args: the parsed flags."""
+    config = args.config
+    tracking = config.per_prompt_stat_tracking
+    if tracking is None or tracking.min_count < 2:
+        raise UserError("config.per_prompt_stat_tracking.min_count must be 2 or more: the best of one sample is itself")
+    if config.train.objective != "awm":
+        raise UserError(
+            f"config.train.objective is {config.train.objective!r}, but what is learned from here is the picture and "
+            f"not its path: set it to 'awm'"
+        )
+    BestOfN(config).train()
+
+
+if __name__ == "__main__":
+    cli.run("best_of_n", main, "config/tiny.py")
