@@ -121,7 +121,7 @@ def exact() -> ConfigDict:
 def best() -> ConfigDict:
     """The same for tiny/best_of_n.py: each epoch has all prompts eight times, and learns from the best of eight."""
     config = clean()
-    config.num_epochs = 2
+    config.num_epochs = 3
     config.val_freq = 1
     config.sample.total_batch_size = 1024
     config.train.total_batch_size = 16

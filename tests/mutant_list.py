@@ -1187,6 +1187,12 @@ MUTANTS = [
     *_in(
         "tiny/ascent.py",
         (
+            "a control of reversed rewards that are not",
+            "reward=-samples.reward",
+            "reward=samples.reward",
+            "test_best_of_n.py::test_reversed_rewards_choose_the_worst",
+        ),
+        (
             "weights that are not kept",
             'self.policy.save_lora(self.log.folder / "lora"',
             'str(self.log.folder / "lora"',

@@ -52,6 +52,21 @@ def test_a_control_chooses_by_lot(run):
     assert sorted({one for (one,) in chosen}) == [0, 1, 3]
 
 
+def test_reversed_rewards_choose_the_worst(world, tmp_path, monkeypatch):
+    """While the log keeps the true ones."""
+    config = configuration(world, tmp_path, "mvdream", train__objective="awm", num_epochs=1)
+    config.per_prompt_stat_tracking.min_count = 2
+    seen = {}
+    for reverse in (False, True):
+        config.run_name = f"reversed_{reverse}"
+        run = BestOfN(config, reverse)
+        monkeypatch.setattr(run, "update", lambda epoch, samples, prompts, r=reverse: seen.update({r: samples}) or [])
+        run.epoch(0)
+    assert torch.equal(seen[True].reward, -seen[False].reward) and seen[True].reward.min() > 0
+    means = [metrics(tmp_path / f"logs/reversed_{reverse}", "epoch")[0]["reward_mean"] for reverse in (False, True)]
+    assert means[0] == means[1] < 0
+
+
 def test_what_was_chosen_becomes_likelier(run):
     """The model foretells its picture better than before, and gains more of it than of one that was left."""
     run.config.train.num_inner_epochs = 40

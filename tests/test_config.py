@@ -56,6 +56,7 @@ def parse(*arguments):
         "config/tiny.py:mvdream",
         "config/tiny.py:clean",
         "config/tiny.py:exact",
+        "config/tiny.py:best",
         "config/dgx.py",
         "config/dgx.py:carve3d_train",
         "config/dgx.py:instant3d_grm",

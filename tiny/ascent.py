@@ -2,12 +2,17 @@
 
 All but the updates is that of a training run: prompts, noise and validations. So is the folder, in which
 `python -m tiny.evaluate` compares before and after. Such a run is one process and not resumed.
+
+A painter may become more consistent by being moved, whatever the direction. A control whose rewards say nothing does
+not tell, if it takes no steps; one that learns from reversed rewards moves as far, and has to become worse.
 """
 
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from config.errors import UserError
@@ -29,10 +34,15 @@ from mrc.rewards import load_reward
 from prompts.dataset import PromptDataset
 
 
-class Ascent(ABC):
-    """A run of config.num_epochs epochs."""
+def define_flags() -> None:
+    """The flag of the runs that learn from the rewards of their samples."""
+    flags.DEFINE_boolean("reverse_rewards", False, "Learn from rewards of the other sign, as a control.")
 
-    def __init__(self, config: ConfigDict):
+
+class Ascent(ABC):
+    """A run of config.num_epochs epochs. reverse_rewards: updates see rewards of the other sign."""
+
+    def __init__(self, config: ConfigDict, reverse_rewards: bool = False):
         if config.resume_from:
             raise UserError("config.resume_from is set, but this study is not resumed: leave it empty")
         if config.mixed_precision == "fp16":  # its small gradients would have to be scaled
@@ -50,6 +60,9 @@ class Ascent(ABC):
         self.optimizer = accelerator.prepare(make_optimizer(self.policy, config))
         self.log = RunLog(opened.folder, accelerator, config)
         self.log.start(0, False, opened)
+        self.reverse_rewards = reverse_rewards
+        if reverse_rewards:
+            self.log.say("rewards are reversed: what is learned is to be worse")
 
     @abstractmethod
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
@@ -82,7 +95,8 @@ class Ascent(ABC):
         prompts = self.draw_prompts(epoch)
         samples = self.paint(self.reward_fn, prompts, self.config.seed, NOISE, epoch)
         start = time.perf_counter()
-        updates = self.update(epoch, samples, prompts)
+        seen = replace(samples, reward=-samples.reward) if self.reverse_rewards else samples
+        updates = self.update(epoch, seen, prompts)
         seconds = {**samples.seconds, "update": time.perf_counter() - start}
         self.log.epoch(epoch, samples, prompts, gather_scores(samples, self.accelerator), updates, seconds)
 

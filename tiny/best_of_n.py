@@ -1,6 +1,8 @@
-"""What can be learned from the best of n samples alone?
+"""What is learned from the best of n samples, and what from any?
 
     python -m tiny.best_of_n --config config/tiny.py:best [--config.KEY=VALUE ...]
+
+--reverse_rewards  learn from the worst of n, as a control
 
 Each epoch paints every training prompt n = config.per_prompt_stat_tracking.min_count times, keeps the sample of each
 with the highest reward, and finetunes the painter on what was kept, in config.train.num_inner_epochs passes: expert
@@ -8,10 +10,10 @@ iteration, and the reward-weighted regression that DDPO was compared with (Black
 4), its weights being 1 for the best of a prompt and 0 for the others. The finetuning is advantage-weighted matching,
 ddpo/matching.py, whose loss is that of a pretraining with such weights.
 
-It tells whether the weights can express what some samples show: the noise of single rewards, which drowns a policy
-gradient, only makes the choice a little worse. Where area is held, a sample is chosen for what its reward is beside
-what area explains of it. With config.shuffle_advantages the choice is made by lot, as a control. How the run goes on
-otherwise, and what it leaves: tiny/ascent.py.
+It was to tell whether the weights can express what some samples show. What it tells first is that a painter becomes
+more consistent by learning from its own samples, whichever they are: with config.shuffle_advantages the choice is made
+by lot. Where area is held, a sample is chosen for what its reward is beside what area explains of it. How the run goes
+on otherwise, and what it leaves: tiny/ascent.py.
 """
 
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from config.errors import UserError
 from ddpo.area import log_area, without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, SHUFFLE_SAMPLES, Samples, epoch_prompts, make_generator
 from ddpo.update import update
-from tiny.ascent import Ascent
+from tiny.ascent import Ascent, define_flags
 
 
 def best_of_each(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -91,8 +93,8 @@ def main(args) -> None:
             f"config.train.objective is {config.train.objective!r}, but what is learned from here is the picture and "
             f"not its path: set it to 'awm'"
         )
-    BestOfN(config).train()
+    BestOfN(config, args.reverse_rewards).train()
 
 
 if __name__ == "__main__":
-    cli.run("best_of_n", main, "config/tiny.py")
+    cli.run("best_of_n", main, "config/tiny.py", define_flags)

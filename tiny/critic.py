@@ -2,10 +2,11 @@
 
     python -m tiny.critic --config config/tiny.py:clean [--config.KEY=VALUE ...]
 
---first_steps  of the critic's training, 48 states each, on the samples of the first epoch (300)
---steps        of it in every other epoch (40)
---updates      of the painter in every epoch but the first, of config.train.batch_size captions each (20)
---kl_weight    what a nat of KL to the base model costs, in standard deviations of a prompt's rewards (0.008)
+--first_steps      of the critic's training, 48 states each, on the samples of the first epoch (300)
+--steps            of it in every other epoch (40)
+--updates          of the painter in every epoch but the first, of config.train.batch_size captions each (20)
+--kl_weight        price of a nat of KL to the base model, in standard deviations of a prompt's rewards (0.008)
+--reverse_rewards  learn what is worse, as a control that moves as far
 
 The policy gradient of a reward that is known for finished pictures alone is mostly noise, since it does not say which
 of thousands of random numbers was to blame. A critic V(x_t, t, caption), trained to foretell a sample's reward from the
@@ -46,7 +47,7 @@ from ddpo.update import optimizer_step
 from diffusers_patch.loading import load_painter
 from diffusers_patch.policy import MultiViewPolicy
 from diffusers_patch.rollout import Trajectory
-from tiny.ascent import Ascent
+from tiny import ascent
 
 # of the critic's training: the rate falls in the first epoch, to AFTERWARDS of itself
 BATCH, LEARNING_RATE, AFTERWARDS, WARM_UP, WEIGHT_DECAY = 48, 3e-4, 0.15, 50, 0.05
@@ -209,11 +210,19 @@ def painter_rate(update: int, updates: int) -> float:
     return min(1.0, (update + 1) / PAINTER_WARM_UP) * (1 - update / updates)
 
 
-class CriticRun(Ascent):
+class CriticRun(ascent.Ascent):
     """A run whose painter climbs what a critic foretells. Arguments: see the command."""
 
-    def __init__(self, config: ConfigDict, first_steps: int, steps: int, updates: int, kl_weight: float):
-        super().__init__(config)
+    def __init__(
+        self,
+        config: ConfigDict,
+        first_steps: int,
+        steps: int,
+        updates: int,
+        kl_weight: float,
+        reverse_rewards: bool = False,
+    ):
+        super().__init__(config, reverse_rewards)
         self.first_steps, self.steps, self.updates, self.kl_weight = first_steps, steps, updates, kl_weight
         self.memory, self.trust = Memory(), Trust(trainable_steps(config))
         torch.manual_seed(config.seed)
@@ -307,6 +316,7 @@ class CriticRun(Ascent):
 
 
 def define_flags() -> None:
+    ascent.define_flags()
     flags.DEFINE_integer("first_steps", 300, "Of the critic's training, in the first epoch.", lower_bound=1)
     flags.DEFINE_float("kl_weight", 0.008, "Price of a nat of KL to the base model.", lower_bound=0.0)
     flags.DEFINE_integer("updates", 20, "Of the painter, in every epoch but the first.", lower_bound=1)
@@ -324,7 +334,7 @@ def main(args) -> None:
         )
     if config.sample.num_steps < 2:
         raise UserError(f"config.sample.num_steps is {config.sample.num_steps}, but a critic needs 2 or more")
-    CriticRun(config, args.first_steps, args.steps, args.updates, args.kl_weight).train()
+    CriticRun(config, args.first_steps, args.steps, args.updates, args.kl_weight, args.reverse_rewards).train()
 
 
 if __name__ == "__main__":
