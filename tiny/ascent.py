@@ -12,11 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from absl import flags
 from ml_collections import ConfigDict
 
 from config.errors import UserError
 from config.validate import validate
+from ddpo.area import log_area
 from ddpo.run_folder import open_run
 from ddpo.run_log import RunLog
 from ddpo.sampling import (
@@ -37,6 +39,11 @@ from prompts.dataset import PromptDataset
 def define_flags() -> None:
     """The flag of the runs that learn from the rewards of their samples."""
     flags.DEFINE_boolean("reverse_rewards", False, "Learn from rewards of the other sign, as a control.")
+
+
+def log_areas(samples: Samples) -> torch.Tensor:
+    """The logarithm of the area of each object, see `ddpo.area.log_area`: (N,), on the CPU."""
+    return torch.from_numpy(log_area(samples.foreground.cpu().numpy())).float()
 
 
 class Ascent(ABC):

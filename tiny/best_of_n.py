@@ -22,10 +22,10 @@ import torch
 
 from config import cli
 from config.errors import UserError
-from ddpo.area import log_area, without
+from ddpo.area import without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, SHUFFLE_SAMPLES, Samples, epoch_prompts, make_generator
 from ddpo.update import update
-from tiny.ascent import Ascent, define_flags
+from tiny.ascent import Ascent, define_flags, log_areas
 
 
 def best_of_each(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -42,11 +42,6 @@ def beside_others(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     """Values (N,) less the mean of their prompt's; NaNs are not counted."""
     means = {prompt: values[[name == prompt for name in prompts]].nanmean() for prompt in dict.fromkeys(prompts)}
     return values - torch.stack([means[prompt] for prompt in prompts])
-
-
-def log_areas(samples: Samples) -> torch.Tensor:
-    """See `ddpo.area.log_area`: (N,)."""
-    return torch.from_numpy(log_area(samples.foreground.cpu().numpy())).float()
 
 
 class BestOfN(Ascent):

@@ -41,7 +41,7 @@ from torch import nn
 from config import cli
 from config.batches import trainable_steps
 from config.errors import UserError
-from ddpo.area import log_area, without
+from ddpo.area import without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, Samples, make_generator
 from ddpo.update import optimizer_step
 from diffusers_patch.loading import load_painter
@@ -260,8 +260,7 @@ class CriticRun(ascent.Ascent):
         """Reward and log area of the samples `good` (n,): (n, 2), less what they were for the same prompt in the first
         epoch, in standard deviations of what they differed by then. So the same picture is worth the same later on."""
         prompts = [prompts[i] for i in good.tolist()]
-        area = torch.from_numpy(log_area(samples.foreground.cpu().numpy()))
-        values = torch.stack([samples.reward.cpu(), area.to(samples.reward.dtype)], 1)[good]
+        values = torch.stack([samples.reward.cpu(), ascent.log_areas(samples)], 1)[good]
         if epoch == 0:
             rows = {prompt: [i for i, name in enumerate(prompts) if name == prompt] for prompt in prompts}
             self.usual = {prompt: values[same].mean(0) for prompt, same in rows.items()}
