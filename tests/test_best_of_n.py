@@ -1,14 +1,13 @@
 """Expert iteration: what is chosen of a painter's samples, and that it is learned."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from tests import children
-from tests.test_exact_gradient import PAINTERS, configuration
+from tests.test_critic import samples_of
+from tests.test_exact_gradient import command_line, configuration
 from tests.test_training import metrics
-from tests.tiny_models import PROMPTS, make_mvdream, settings
+from tests.tiny_models import PROMPTS
 from tiny.best_of_n import BestOfN, best_of_each
 
 NAN = float("nan")
@@ -23,12 +22,6 @@ def test_the_best_of_each_prompt_is_kept():
 @pytest.fixture
 def run(world, tmp_path):
     return BestOfN(configuration(world, tmp_path, "mvdream", train__objective="awm", train__learning_rate=1e-3))
-
-
-def samples_of(run, prompts, reward, area):
-    """What an epoch painted, with these rewards and log areas (N,)."""
-    samples = run.paint(run.reward_fn, prompts, 0)
-    return replace(samples, reward=torch.tensor(reward), foreground=torch.tensor(area).exp()[:, None].expand(-1, 4))
 
 
 @pytest.mark.parametrize("hold", [True, False])
@@ -93,17 +86,16 @@ def test_what_was_chosen_becomes_likelier(run):
 
 
 def test_the_command(world, tmp_path):
-    values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
-    values |= {
-        "num_epochs": 2,
-        "per_prompt_stat_tracking.min_count": 2,
-        "sample.num_steps": 2,
-        "train.objective": "awm",
-        "train.hold_foreground": True,
-        "train.num_inner_epochs": 3,
-        "kl_estimator": "analytic",
-    }
-    line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    changes = dict(
+        num_epochs=2,
+        per_prompt_stat_tracking__min_count=2,
+        sample__num_steps=2,
+        train__objective="awm",
+        train__hold_foreground=True,
+        train__num_inner_epochs=3,
+        kl_estimator="analytic",
+    )
+    line = command_line(world, tmp_path, **changes)
     done = children.command("tiny.best_of_n", line, tmp_path)
     assert done.returncode == 0, done.stderr
     epochs, updates = metrics(tmp_path / "run", "epoch"), metrics(tmp_path / "run", "update")

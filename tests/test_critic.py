@@ -11,9 +11,9 @@ from diffusers_patch.ddim_with_logprob import ddim_mean_std
 from diffusers_patch.loading import load_painter, make_trainable
 from diffusers_patch.rollout import Trajectory
 from tests import children
-from tests.test_exact_gradient import PAINTERS, configuration
+from tests.test_exact_gradient import PAINTERS, command_line, configuration
 from tests.test_training import metrics
-from tests.tiny_models import PROMPTS, make_mvdream, settings
+from tests.tiny_models import PROMPTS
 from tiny.critic import AREA_WEIGHT, Critic, CriticRun, Memory, Trust, paint_towards_worth, turned
 
 
@@ -242,14 +242,10 @@ def test_a_prompt_whose_first_samples_are_all_bad_is_left_out(run):
 
 def test_the_command(world, tmp_path):
     """Critic and painter learn, and the run repeats itself."""
-    values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
-    values |= {
-        "num_epochs": 3,
-        "per_prompt_stat_tracking.min_count": 2,
-        "sample.num_steps": 2,
-        "train.hold_foreground": True,
-    }
-    line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    changes = dict(
+        num_epochs=3, per_prompt_stat_tracking__min_count=2, sample__num_steps=2, train__hold_foreground=True
+    )
+    line = command_line(world, tmp_path, **changes)
     line += ["--first_steps=3", "--steps=2", "--updates=2"]
     done = children.command("tiny.critic", line, tmp_path)
     assert done.returncode == 0, done.stderr

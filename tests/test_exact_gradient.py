@@ -11,7 +11,7 @@ from mrc.rewards import load_mrc
 from tests import children
 from tests.test_run import config_of
 from tests.test_training import metrics
-from tests.tiny_models import PROMPTS, flags, make_mvdream, settings
+from tests.tiny_models import PROMPTS, flags, make_mvdream
 from tiny.exact_gradient import ExactGradient, exact_gradients, reward_and_area
 
 PAINTERS = {
@@ -25,6 +25,12 @@ def configuration(world, tmp_path, painter, **changes):
     if painter == "mvdream":
         changes["pretrained__model"] = str(make_mvdream(world) / "mvdream")
     return config_of(world, tmp_path / "logs", **changes)
+
+
+def command_line(world, tmp_path, **changes):
+    """What starts a study of the small MVDream."""
+    changes = {**PAINTERS["mvdream"], "pretrained__model": str(make_mvdream(world) / "mvdream"), **changes}
+    return ["--config=config/base.py", *flags(world, tmp_path, **changes)]
 
 
 def learner(world, tmp_path, painter):
@@ -132,9 +138,8 @@ def test_an_update_climbs(world, tmp_path, monkeypatch):
 
 
 def test_the_command(world, tmp_path):
-    values = settings(world, tmp_path, **PAINTERS["mvdream"], pretrained__model=str(make_mvdream(world) / "mvdream"))
-    values |= {"num_epochs": 2, "sample.num_steps": 2, "train.kl_per_update": 0.01, "train.kl_calibration_updates": 1}
-    line = ["--config=config/base.py", *(f"--config.{key}={value}" for key, value in values.items())]
+    changes = dict(num_epochs=2, sample__num_steps=2, train__kl_per_update=0.01, train__kl_calibration_updates=1)
+    line = command_line(world, tmp_path, **changes)
     done = children.command("tiny.exact_gradient", line, tmp_path)
     assert done.returncode == 0, done.stderr
     lines = metrics(tmp_path / "run")
