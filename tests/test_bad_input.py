@@ -316,9 +316,10 @@ def bad(tmp_path_factory):
 
 
 def files(bad):
-    """All files that a command could leave behind, with the time of their last change."""
-    folders = bad, bad.parent / "logs", ROOT / "logs"
-    return {file: file.lstat().st_mtime_ns for folder in folders for file in folder.rglob("*")}
+    """All that a command could leave behind: files with the time of their last change, and the names in logs/, where
+    somebody's run may be writing at the same time."""
+    written = {file: file.lstat().st_mtime_ns for folder in (bad, bad.parent / "logs") for file in folder.rglob("*")}
+    return written | {file: 0 for file in (ROOT / "logs").glob("*")}
 
 
 def in_process(row, bad, folder):
