@@ -1225,6 +1225,24 @@ MUTANTS = [
             "samples.trajectory.take(chosen - 1)",
             "test_best_of_n.py::test_what_was_chosen_becomes_likelier",
         ),
+        (
+            "exact views that are not learned",
+            "if self.exact_views:",
+            "if not self.exact_views:",
+            "test_best_of_n.py::test_exact_views_are_what_is_learned",
+        ),
+        (
+            "exact views in the place of the noise",
+            "latents[:, -1] =",
+            "latents[:, 0] =",
+            "test_best_of_n.py::test_exact_views_are_those_of_the_caption",
+        ),
+        (
+            "the same exact views in every epoch",
+            "OBJECTS, epoch",
+            "OBJECTS, 0",
+            "test_best_of_n.py::test_exact_views_are_those_of_the_caption",
+        ),
     ),
     *_in(
         "tiny/exact_gradient.py",

@@ -3,12 +3,15 @@
 import pytest
 import torch
 
+from config import tiny
+from ddpo.sampling import make_generator
 from tests import children
 from tests.test_critic import samples_of
 from tests.test_exact_gradient import command_line, configuration
 from tests.test_training import metrics
 from tests.tiny_models import PROMPTS
-from tiny.best_of_n import BestOfN, best_of_each
+from tiny.best_of_n import OBJECTS, BestOfN, best_of_each
+from tiny.objects import build, fixed_views
 
 NAN = float("nan")
 
@@ -85,6 +88,33 @@ def test_what_was_chosen_becomes_likelier(run):
     assert chosen > 0 and chosen > left, (chosen, left)
 
 
+@pytest.mark.parametrize("name", ["grid", "best"])
+def test_exact_views_are_those_of_the_caption(tmp_path, name):
+    """What is learned of them decodes to them, in place of what was painted, and anew in every epoch."""
+    config = tiny.get_config(name)
+    config.logdir, config.mixed_precision = str(tmp_path), "no"
+    run = BestOfN(config, exact_views=True)
+    captions = ["a red cube on top of a blue sphere", "a green cone"]
+    painted = run.paint(run.reward_fn, captions, 0).trajectory
+    epochs = [run.with_exact_views(epoch, painted, captions) for epoch in (0, 0, 1)]
+    views = fixed_views(build(captions, make_generator(config.seed, OBJECTS, 0)))
+    with torch.no_grad():
+        decoded = run.policy.decode(epochs[0].latents[:, -1])
+    assert (decoded - views).abs().mean() < 0.02 < (decoded - views.flip(0)).abs().mean()
+    assert torch.equal(epochs[0].latents, epochs[1].latents) and not torch.equal(epochs[0].latents, epochs[2].latents)
+    assert torch.equal(epochs[0].latents[:, :-1], painted.latents[:, :-1])
+
+
+def test_exact_views_are_what_is_learned(run, monkeypatch):
+    """Of the prompts of the samples that were chosen."""
+    seen = []
+    monkeypatch.setattr(run, "exact_views", True)
+    monkeypatch.setattr(run, "with_exact_views", lambda *given: seen.append(given) or "exact")
+    monkeypatch.setattr("tiny.best_of_n.update", lambda policy, optimizer, accelerator, *given, **_: given)
+    pictures, *_ = run.update(3, samples_of(run, PROMPTS[:2] * 2, [-0.3, -0.1, -0.2, -0.2], [-2.0] * 4), ["a", "b"] * 2)
+    assert pictures == "exact" and seen[0][0] == 3 and sorted(seen[0][2]) == ["a", "b"]
+
+
 def test_the_command(world, tmp_path):
     changes = dict(
         num_epochs=2,
@@ -108,3 +138,7 @@ def test_the_command(world, tmp_path):
     ):
         refused = children.command("tiny.best_of_n", [*line, f"--config.{flag}"], tmp_path)
         assert refused.returncode == 2 and said in refused.stderr
+    (tmp_path / "other.txt").write_text("a red cube\na corgi\n")
+    other = ["--exact_views", "--config.prompts.num_train=0", f"--config.prompts.train_file={tmp_path}/other.txt"]
+    refused = children.command("tiny.best_of_n", [*line, *other], tmp_path)
+    assert refused.returncode == 2 and "Caption 'a corgi' does not describe" in refused.stderr

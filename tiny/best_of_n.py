@@ -3,6 +3,7 @@
     python -m tiny.best_of_n --config config/tiny.py:best [--config.KEY=VALUE ...]
 
 --reverse_rewards  learn from the worst of n, as a control
+--exact_views      learn from exact views of each prompt, whose consistency nobody painted, as another
 
 Each epoch paints every training prompt n = config.per_prompt_stat_tracking.min_count times, keeps the sample of each
 with the highest reward, and finetunes the painter on what was kept, in config.train.num_inner_epochs passes: expert
@@ -10,22 +11,33 @@ iteration, and the reward-weighted regression that DDPO was compared with (Black
 4), its weights being 1 for the best of a prompt and 0 for the others. The finetuning is advantage-weighted matching,
 ddpo/matching.py, whose loss is that of a pretraining with such weights.
 
-It was to tell whether the weights can express what some samples show. What it tells first is that a painter becomes
-more consistent by learning from its own samples, whichever they are: with config.shuffle_advantages the choice is made
-by lot. Where area is held, a sample is chosen for what its reward is beside what area explains of it. How the run goes
-on otherwise, and what it leaves: tiny/ascent.py.
+It was to tell whether the weights can express what some samples show. What it tells is what pictures teach, whichever
+they are: pretraining fitted the painter's predictions and not what guidance makes of them, which is fitted here. With
+config.shuffle_advantages the choice is made by lot, and with --exact_views nothing depends on samples at all (two of
+each prompt are enough then). Where area is held, a sample is chosen for what its reward is beside what area explains of
+it. How the run goes on otherwise, and what it leaves: tiny/ascent.py.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+from absl import flags
+from ml_collections import ConfigDict
 
 from config import cli
 from config.errors import UserError
 from ddpo.area import without
 from ddpo.sampling import SHUFFLE_ADVANTAGES, SHUFFLE_SAMPLES, Samples, epoch_prompts, make_generator
 from ddpo.update import update
-from tiny.ascent import Ascent, define_flags, log_areas
+from diffusers_patch.rollout import Trajectory
+from prompts.dataset import PromptDataset
+from tiny import ascent, train_mvdream, train_painter
+from tiny.ascent import log_areas
+from tiny.objects import build, fixed_views, parse_caption
+
+OBJECTS = 101  # what its random numbers are used for; see `ddpo.sampling`
+ENCODE = {"mv_sdxl": train_painter.encode, "mvdream": train_mvdream.encode}  # of config.painter.name
 
 
 def best_of_each(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
@@ -44,8 +56,12 @@ def beside_others(values: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
     return values - torch.stack([means[prompt] for prompt in prompts])
 
 
-class BestOfN(Ascent):
-    """A run whose painter becomes the best of its own samples."""
+class BestOfN(ascent.Ascent):
+    """A run whose painter becomes the best of its own samples. Arguments: see the command."""
+
+    def __init__(self, config: ConfigDict, reverse_rewards: bool = False, exact_views: bool = False):
+        super().__init__(config, reverse_rewards)
+        self.exact_views = exact_views
 
     def draw_prompts(self, epoch: int) -> list[str]:
         """All prompts n times in every epoch, as a training run does in its first."""
@@ -72,9 +88,25 @@ class BestOfN(Ascent):
             f"best of each: {len(chosen)} of {len(prompts)} samples, reward {rewards[chosen].mean():+.4f} instead of "
             f"{rewards.nanmean():+.4f}, objects {100 * float(areas[chosen].mean() - areas.mean()):+.1f} % larger"
         )
+        pictures = samples.trajectory.take(chosen)
+        if self.exact_views:
+            pictures = self.with_exact_views(epoch, pictures, [prompts[i] for i in chosen])
         generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch)
-        given = samples.trajectory.take(chosen), torch.ones(len(chosen)), self.config, generator
+        given = pictures, torch.ones(len(chosen)), self.config, generator
         return update(self.policy, self.optimizer, self.accelerator, *given, show_progress=True)
+
+    def with_exact_views(self, epoch: int, trajectory: Trajectory, prompts: Sequence[str]) -> Trajectory:
+        """A trajectory whose finished latents are those of exact views of new objects, one for each prompt."""
+        vae = self.policy.pipeline.vae
+        views = fixed_views(build(prompts, make_generator(self.config.seed, OBJECTS, epoch)))
+        latents = trajectory.latents.clone()
+        latents[:, -1] = ENCODE[self.config.painter.name](vae, views.to(vae.device)).to(latents)
+        return replace(trajectory, latents=latents)
+
+
+def define_flags() -> None:
+    ascent.define_flags()
+    flags.DEFINE_boolean("exact_views", False, "Learn from exact views of each prompt, as a control.")
 
 
 def main(args) -> None:
@@ -88,7 +120,10 @@ def main(args) -> None:
             f"config.train.objective is {config.train.objective!r}, but what is learned from here is the picture and "
             f"not its path: set it to 'awm'"
         )
-    BestOfN(config, args.reverse_rewards).train()
+    if args.exact_views:  # which there are of the small world's captions alone
+        for prompt in PromptDataset.from_config(config.prompts).train_set:
+            parse_caption(prompt)
+    BestOfN(config, args.reverse_rewards, args.exact_views).train()
 
 
 if __name__ == "__main__":
