@@ -6,7 +6,9 @@ knew the picture takes the place of the step that was painted. Its log-probabili
 
     log p_t = -||mean(x_t, picture) - mean_theta(x_t)||^2 / (2 std^2) + const, mean over the latent's dimensions:
 
-how well the model foretells the picture, as in its pretraining.
+how well the model foretells the picture, as in its pretraining. With guidance it is the guided prediction that
+foretells, which pretraining never fitted: advantages that do not add up to nothing teach that first, whatever the
+pictures are worth (tiny/README.md).
 """
 
 import torch
