@@ -33,7 +33,6 @@ from ddpo.update import update
 from diffusers_patch.rollout import Trajectory
 from prompts.dataset import PromptDataset
 from tiny import ascent, train_mvdream, train_painter
-from tiny.ascent import log_areas
 from tiny.objects import build, fixed_views, parse_caption
 
 OBJECTS = 101  # what its random numbers are used for; see `ddpo.sampling`
@@ -72,7 +71,7 @@ class BestOfN(ascent.Ascent):
         of it, or chance alone. NaN where the reward is."""
         worth = beside_others(samples.reward.cpu().float(), prompts)
         if self.config.train.hold_foreground:
-            area = beside_others(log_areas(samples), prompts)
+            area = beside_others(ascent.log_areas(samples), prompts)
             good = worth.isfinite()
             worth[good] = without(worth[good], area[good])
         if self.config.shuffle_advantages:
@@ -83,7 +82,7 @@ class BestOfN(ascent.Ascent):
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
         """Finetune on the best; arguments and result as of `Ascent.update`."""
         chosen = best_of_each(self.worth(epoch, samples, prompts), prompts)
-        rewards, areas = samples.reward.cpu(), log_areas(samples)
+        rewards, areas = samples.reward.cpu(), ascent.log_areas(samples)
         self.log.say(
             f"best of each: {len(chosen)} of {len(prompts)} samples, reward {rewards[chosen].mean():+.4f} instead of "
             f"{rewards.nanmean():+.4f}, objects {100 * float(areas[chosen].mean() - areas.mean()):+.1f} % larger"
