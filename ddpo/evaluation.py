@@ -23,7 +23,9 @@ SWEPT = {  # the keys that the paper's sweeps change, in words
     "kl_normalized_coeff": "weight of the KL",
 }
 JUDGES = {"silhouettes": "silhouettes ↓", "held_out": "held-out view ↓", "judge": "judge ↓", "met3r": "MEt3R ↓"}
-FURTHER = {**JUDGES, "diversity": "diversity ↑", "clip": "CLIP ↑"}  # columns of the table that there may be
+PRICES = {"diversity": "diversity ↑", "clip": "CLIP ↑"}  # what consistency may be paid for with, which no judge minds
+FURTHER = {**JUDGES, **PRICES}  # columns of the table that there may be
+PAID = 0.01  # p value below which a fall of one of PRICES is told
 # The keys, and beginnings of keys, that samples and their rewards depend on, and those among them that change nothing,
 # so that they may be lowered if memory is short.
 RELEVANT = ("painter.", "pretrained.", "sample.", "recon.", "mrc.", "mixed_precision", "allow_tf32")
@@ -167,6 +169,19 @@ def doubtful(summary: dict[str, dict]) -> dict[str, list[str]]:
             against = [name for name in JUDGES if name in result and result[name]["difference"] >= 0]
             if len(against) >= 2:
                 found[model] = against
+    return found
+
+
+def paid(summary: dict[str, dict]) -> dict[str, list[str]]:
+    """{model: the PRICES that it paid, "name (change)"}, where MRC calls it better and one of them is worse than of the
+    base model with p < PAID: pictures that have grown alike, or vague, are consistent. summary: see `summarise`."""
+    found = {}
+    for model, result in summary.items():
+        if model != BASE and result["mrc"]["difference"] < 0:
+            worse = [name for name in PRICES if name in result and result[name]["difference"] < 0]
+            seen = [name for name in worse if result[name]["p"] is not None and result[name]["p"] < PAID]
+            if seen:
+                found[model] = [f"{name} ({_change(result[name])})" for name in seen]
     return found
 
 

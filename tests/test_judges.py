@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ddpo.evaluation import BASE, doubtful
+from ddpo.evaluation import BASE, doubtful, paid
 from mrc.judges import diversity, held_out_distance, judge_views, silhouette_disagreement, visual_hull
 from mrc.lpips import LPIPS
 from mrc.met3r_distance import SIZE, MEt3RDistance
@@ -137,6 +137,25 @@ def test_a_reward_that_rises_alone_is_named():
         "worse": result(0.1, 0.1, 0.1),
     }
     assert doubtful(summary) == {"deceived": ["silhouettes", "held_out"]}
+
+
+def test_what_a_better_reward_was_paid_with_is_named():
+    def result(mrc, diversity, p, clip=0.0):
+        values = {"mrc": mrc, "diversity": diversity, "clip": clip}
+        return {name: {"difference": value, "difference_se": None, "p": p} for name, value in values.items()}
+
+    summary = {
+        BASE: {},
+        "free": result(-0.1, 0.02, 1e-4, 0.1),
+        "by chance": result(-0.1, -0.02, 0.4),
+        "of one prompt": result(-0.1, -0.02, None),
+        "worse": result(0.1, -0.02, 1e-4),
+        "alike": result(-0.1, -0.02, 1e-4),
+        "anything": result(-0.1, -0.02, 0.0, -0.1),
+    }
+    assert paid(summary) == {"alike": ["diversity (-0.020)"], "anything": ["diversity (-0.020)", "clip (-0.100)"]}
+    del summary["anything"]["diversity"]  # each caption was painted once
+    assert paid(summary)["anything"] == ["clip (-0.100)"]
 
 
 def test_diversity_falls_when_a_painter_collapses(views, judge):

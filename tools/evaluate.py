@@ -37,6 +37,9 @@ errors over prompts:
     MEt3R, CLIP  feature distance of neighbouring views by --met3r, and cosine between caption and views by --clip
     diversity    mean LPIPS between the samples of a prompt, if it has several that fit into config.sample.batch_size
 behind each of these the difference to the base
+
+A warning follows where MRC is better and two judges are not, and where it was paid for: pictures that grow alike, or no
+longer show their caption, can be consistent, so no judge minds, but diversity and CLIP do.
 """
 
 import copy
@@ -53,7 +56,7 @@ from PIL import Image
 from config import cli
 from config.errors import UserError
 from config.validate import ANY_CAMERAS, CHOICES, check_folder, flatten, validate
-from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, relevant_keys, summarise, table
+from ddpo.evaluation import BASE, SWEPT, Parts, batches, doubtful, paid, relevant_keys, summarise, table
 from ddpo.files import whole, write_whole
 from ddpo.pictures import load_views, sample_picture, save_views, to_bytes
 from ddpo.progress import Progress
@@ -284,6 +287,8 @@ class Evaluation:
         print(f"{table(summary)}\n\n{about}\nwrote {self.out / 'results.json'} and {self.out / 'table.html'}")
         for model, judges in doubtful(summary).items():
             print(f"warning: {model} has a better MRC than the base model, but not by {' and '.join(judges)}")
+        for model, prices in paid(summary).items():
+            print(f"warning: {model} has a better MRC than the base model, and paid for it with {' and '.join(prices)}")
 
     def draw(self, summary: dict[str, dict]) -> Image.Image:
         """pictures.png, also returned: the shown prompts' first samples by every model, painted over re-rendered."""
