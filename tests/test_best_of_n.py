@@ -106,9 +106,13 @@ def test_exact_views_are_those_of_the_caption(tmp_path, name):
 
 
 def test_exact_views_are_what_is_learned(run, monkeypatch):
-    """Of the prompts of the samples that were chosen."""
-    seen = []
+    """Once of each prompt."""
+    seen, train = [], run.prompts.train_set
+    drawn = run.draw_prompts(0)
+    assert len(drawn) > len(train) and set(drawn) == set(train)
     monkeypatch.setattr(run, "exact_views", True)
+    run.config.sample.batch_size = len(train)
+    assert run.draw_prompts(0) == run.draw_prompts(1) == train
     monkeypatch.setattr(run, "with_exact_views", lambda *given: seen.append(given) or "exact")
     monkeypatch.setattr("tiny.best_of_n.update", lambda policy, optimizer, accelerator, *given, **_: given)
     pictures, *_ = run.update(3, samples_of(run, PROMPTS[:2] * 2, [-0.3, -0.1, -0.2, -0.2], [-2.0] * 4), ["a", "b"] * 2)

@@ -13,9 +13,9 @@ ddpo/matching.py, whose loss is that of a pretraining with such weights.
 
 It was to tell whether the weights can express what some samples show. What it tells is what pictures teach, whichever
 they are: pretraining fitted the painter's predictions and not what guidance makes of them, which is fitted here. With
-config.shuffle_advantages the choice is made by lot, and with --exact_views nothing depends on samples at all (two of
-each prompt are enough then). Where area is held, a sample is chosen for what its reward is beside what area explains of
-it. How the run goes on otherwise, and what it leaves: tiny/ascent.py.
+config.shuffle_advantages the choice is made by lot, and with --exact_views nothing depends on samples at all, of which
+one of each prompt is painted then. Where area is held, a sample is chosen for what its reward is beside what area
+explains of it. How the run goes on otherwise, and what it leaves: tiny/ascent.py.
 """
 
 from collections.abc import Sequence
@@ -63,7 +63,9 @@ class BestOfN(ascent.Ascent):
         self.exact_views = exact_views
 
     def draw_prompts(self, epoch: int) -> list[str]:
-        """All prompts n times in every epoch, as a training run does in its first."""
+        """All prompts n times in every epoch, as a training run does in its first; once for exact views."""
+        if self.exact_views:
+            return self.prompts.fill_epoch(1, self.config.sample.batch_size)[0]
         return epoch_prompts(self.prompts, self.config, 0, 1)
 
     def worth(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> torch.Tensor:
@@ -82,14 +84,15 @@ class BestOfN(ascent.Ascent):
     def update(self, epoch: int, samples: Samples, prompts: Sequence[str]) -> list[dict]:
         """Finetune on the best; arguments and result as of `Ascent.update`."""
         chosen = best_of_each(self.worth(epoch, samples, prompts), prompts)
-        rewards, areas = samples.reward.cpu(), ascent.log_areas(samples)
-        self.log.say(
-            f"best of each: {len(chosen)} of {len(prompts)} samples, reward {rewards[chosen].mean():+.4f} instead of "
-            f"{rewards.nanmean():+.4f}, objects {100 * float(areas[chosen].mean() - areas.mean()):+.1f} % larger"
-        )
         pictures = samples.trajectory.take(chosen)
         if self.exact_views:
             pictures = self.with_exact_views(epoch, pictures, [prompts[i] for i in chosen])
+        else:
+            rewards, areas = samples.reward.cpu(), ascent.log_areas(samples)
+            self.log.say(
+                f"best of each: {len(chosen)} of {len(prompts)} samples, reward {rewards[chosen].mean():+.4f} instead "
+                f"of {rewards.nanmean():+.4f}, objects {100 * float(areas[chosen].mean() - areas.mean()):+.1f} % larger"
+            )
         generator = make_generator(self.config.seed, SHUFFLE_SAMPLES, epoch)
         given = pictures, torch.ones(len(chosen)), self.config, generator
         return update(self.policy, self.optimizer, self.accelerator, *given, show_progress=True)
@@ -112,7 +115,7 @@ def main(args) -> None:
     """args: the parsed flags."""
     config = args.config
     tracking = config.per_prompt_stat_tracking
-    if tracking is None or tracking.min_count < 2:
+    if not args.exact_views and (tracking is None or tracking.min_count < 2):
         raise UserError("config.per_prompt_stat_tracking.min_count must be 2 or more: the best of one sample is itself")
     if config.train.objective != "awm":
         raise UserError(
