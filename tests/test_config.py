@@ -57,6 +57,7 @@ def parse(*arguments):
         "config/tiny.py:clean",
         "config/tiny.py:exact",
         "config/tiny.py:best",
+        "config/tiny.py:pairs",
         "config/dgx.py",
         "config/dgx.py:carve3d_train",
         "config/dgx.py:instant3d_grm",
@@ -302,7 +303,7 @@ def test_paths_of_the_repository_are_found_from_anywhere(tmp_path, monkeypatch):
 ###### Contradictions ######
 
 
-@pytest.mark.parametrize("run", ["grid", "mvdream", "clean", "exact"])
+@pytest.mark.parametrize("run", ["grid", "mvdream", "clean", "exact", "pairs"])
 def test_tiny_is_free_of_contradictions(run):
     for processes in (1, 2, 4, 8):
         validate(tiny.get_config(run), processes, "cpu", check_files=False)

@@ -162,7 +162,7 @@ def test_caption_split_is_disjoint_and_matches_the_files():
     every = [caption for captions in SPLIT.values() for caption in captions]
     assert len(set(every)) == len(every) == 48 + 64 + 128
     assert caption_files.held_out() == set(SPLIT["validation"]) | set(SPLIT["test"])
-    for name, captions in SPLIT.items():
+    for name, captions in {**SPLIT, "pairs": caption_files.pairs()}.items():
         assert (caption_files.FOLDER / f"{name}.txt").read_text().splitlines() == captions
 
 

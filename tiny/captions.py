@@ -21,6 +21,11 @@ def split() -> dict[str, list[str]]:
     return {name: [next(shuffled) for _ in range(count)] for name, count in SIZES.items()}
 
 
+def pairs() -> list[str]:
+    """The training captions of objects side by side, which the small MVDream paints wrongly by itself."""
+    return [caption for caption in split()["train"] if " next to " in caption]
+
+
 def held_out() -> frozenset[str]:
     """The validation and test captions, which no painter is trained on."""
     captions = split()
@@ -39,5 +44,5 @@ def random_training_captions(count: int, generator: torch.Generator, min_primiti
 
 if __name__ == "__main__":
     FOLDER.mkdir(parents=True, exist_ok=True)
-    for name, captions in split().items():
+    for name, captions in {**split(), "pairs": pairs()}.items():
         (FOLDER / f"{name}.txt").write_text("\n".join(captions) + "\n")
