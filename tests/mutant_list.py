@@ -545,6 +545,12 @@ MUTANTS = [
             "if len(against) >= 1:",
             "test_judges.py::test_a_reward_that_rises_alone_is_named",
         ),
+        (
+            "a price that may be chance",
+            "< PAID]",
+            "> PAID]",
+            "test_judges.py::test_what_a_better_reward_was_paid_with_is_named",
+        ),
     ),
     *_in(
         "ddpo/report/summary.py",
@@ -1227,8 +1233,14 @@ MUTANTS = [
         ),
         (
             "exact views that are not learned",
-            "if self.exact_views:",
-            "if not self.exact_views:",
+            "pictures = self.with_exact_views(",
+            "_ = self.with_exact_views(",
+            "test_best_of_n.py::test_exact_views_are_what_is_learned",
+        ),
+        (
+            "samples that nothing is learned from",
+            "self.prompts.fill_epoch(1,",
+            "self.prompts.fill_epoch(2,",
             "test_best_of_n.py::test_exact_views_are_what_is_learned",
         ),
         (
