@@ -160,15 +160,20 @@ def summarise(
     return summary
 
 
+def improved(summary: dict[str, dict]) -> dict[str, dict]:
+    """The models that MRC calls better than the base model, and their results. summary: see `summarise`."""
+    others = ((model, result) for model, result in summary.items() if model != BASE)
+    return {model: result for model, result in others if result["mrc"]["difference"] < 0}
+
+
 def doubtful(summary: dict[str, dict]) -> dict[str, list[str]]:
     """{model: the judges by which it is no better than the base model}, where MRC calls it better and two judges do
     not: a reward that rises alone was probably deceived. summary: see `summarise`."""
     found = {}
-    for model, result in summary.items():
-        if model != BASE and result["mrc"]["difference"] < 0:
-            against = [name for name in JUDGES if name in result and result[name]["difference"] >= 0]
-            if len(against) >= 2:
-                found[model] = against
+    for model, result in improved(summary).items():
+        against = [name for name in JUDGES if name in result and result[name]["difference"] >= 0]
+        if len(against) >= 2:
+            found[model] = against
     return found
 
 
@@ -176,12 +181,11 @@ def paid(summary: dict[str, dict]) -> dict[str, list[str]]:
     """{model: the PRICES that it paid, "name (change)"}, where MRC calls it better and one of them is worse than of the
     base model with p < PAID: pictures that have grown alike, or vague, are consistent. summary: see `summarise`."""
     found = {}
-    for model, result in summary.items():
-        if model != BASE and result["mrc"]["difference"] < 0:
-            worse = [name for name in PRICES if name in result and result[name]["difference"] < 0]
-            seen = [name for name in worse if result[name]["p"] is not None and result[name]["p"] < PAID]
-            if seen:
-                found[model] = [f"{name} ({_change(result[name])})" for name in seen]
+    for model, result in improved(summary).items():
+        worse = [name for name in PRICES if name in result and result[name]["difference"] < 0]
+        seen = [name for name in worse if result[name]["p"] is not None and result[name]["p"] < PAID]
+        if seen:
+            found[model] = [f"{name} ({_change(result[name])})" for name in seen]
     return found
 
 

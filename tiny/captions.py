@@ -15,9 +15,9 @@ SIZES = {"validation": 48, "test": 64, "train": 128}
 
 def split() -> dict[str, list[str]]:
     """{"validation", "test", "train"}: disjoint lists of captions with two primitives, in a fixed random order."""
-    pairs = [caption for caption in all_captions() if " on top of " in caption or " next to " in caption]
-    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0)).tolist()
-    shuffled = iter(pairs[i] for i in order)
+    candidates = [caption for caption in all_captions() if " on top of " in caption or " next to " in caption]
+    order = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0)).tolist()
+    shuffled = iter(candidates[i] for i in order)
     return {name: [next(shuffled) for _ in range(count)] for name, count in SIZES.items()}
 
 
